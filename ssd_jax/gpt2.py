@@ -1,0 +1,283 @@
+"""GPT-2 in Flax NNX: one forward pass for training, prefill and tree verification.
+
+Modules and parameters carry the names of the Hugging Face implementation, so that
+:mod:`ssd_jax.checkpoint` maps one onto the other by name alone. Kernels are ``[in, out]``, as
+in Hugging Face's ``Conv1D``; nothing is transposed.
+
+Numerics: the residual stream, layer norms, biases, attention scores and softmax are float32.
+Matrix products take operands of ``model.dtype`` and accumulate in float32; float32 operands
+use the highest precision (no TF32). ``reorder_and_upcast_attn`` is therefore always in force.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from ssd_jax import kv_cache
+from ssd_jax.errors import ConfigError
+from ssd_jax.kv_cache import KVCache
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The fields of Hugging Face's ``GPT2Config`` that change the arithmetic.
+
+    Raises:
+      ConfigError: a size is not positive, heads do not divide the width, a rate lies outside
+        ``[0, 1)``, or the activation is unknown.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(self, name)
+            if value is None and name == "n_inner":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"config field {name} must be a positive integer, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                "correct the config's n_head or n_embd"
+            )
+        if self.activation_function not in ACTIVATIONS:
+            raise ConfigError(
+                f"unknown activation_function {self.activation_function!r}; "
+                f"known: {', '.join(sorted(ACTIVATIONS))}"
+            )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
+        if not self.layer_norm_epsilon > 0.0:
+            raise ConfigError("layer_norm_epsilon must be positive")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_dim(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
+    """``einsum`` with operands of ``dtype``, accumulated and returned in float32."""
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.einsum(
+        spec,
+        x.astype(dtype),
+        y.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias`` with a ``[in, out]`` kernel."""
+
+    def __init__(self, n_in: int, n_out: int, *, std: float, dtype, param_dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(std)
+        self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((n_out,), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _product("...i,io->...o", x, self.kernel[...], self.dtype) + self.bias[...]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: GPT2Config, layer: int, **kinds):
+        width, std = config.n_embd, config.initializer_range
+        self.c_attn = Linear(width, 3 * width, std=std, **kinds)
+        self.c_proj = Linear(width, width, std=std / math.sqrt(2 * config.n_layer), **kinds)
+        self.heads = config.n_head
+        self.dtype = kinds["dtype"]
+        self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.attn_dropout = nnx.Dropout(config.attn_pdrop)
+        self.resid_dropout = nnx.Dropout(config.resid_pdrop)
+
+    def __call__(self, x, mask, cached, offset, rngs):
+        batch, rows, width = x.shape
+        # [B, T, 3E] -> three [B, H, T, D]
+        qkv = self.c_attn(x).reshape(batch, rows, 3, self.heads, width // self.heads)
+        query, key, value = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
+        if cached is not None:
+            key = kv_cache.write(cached[0], key, offset)
+            value = kv_cache.write(cached[1], value, offset)
+        scores = _product("bhtd,bhsd->bhts", query * self.scale, key, self.dtype)
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1)
+        weights = self.attn_dropout(weights, deterministic=rngs is None, rngs=rngs)
+        mixed = _product("bhts,bhsd->bhtd", weights, value, self.dtype)
+        mixed = mixed.swapaxes(1, 2).reshape(batch, rows, width)
+        out = self.resid_dropout(self.c_proj(mixed), deterministic=rngs is None, rngs=rngs)
+        return out, (key, value)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: GPT2Config, **kinds):
+        width, inner, std = config.n_embd, config.inner_dim, config.initializer_range
+        self.c_fc = Linear(width, inner, std=std, **kinds)
+        self.c_proj = Linear(inner, width, std=std / math.sqrt(2 * config.n_layer), **kinds)
+        self.activation = config.activation_function
+        self.dropout = nnx.Dropout(config.resid_pdrop)
+
+    def __call__(self, x, rngs):
+        hidden = ACTIVATIONS[self.activation](self.c_fc(x))
+        return self.dropout(self.c_proj(hidden), deterministic=rngs is None, rngs=rngs)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: GPT2Config, layer: int, **kinds):
+        self.ln_1 = _layer_norm(config, kinds["rngs"])
+        self.attn = Attention(config, layer, **kinds)
+        self.ln_2 = _layer_norm(config, kinds["rngs"])
+        self.mlp = MLP(config, **kinds)
+
+    def __call__(self, x, mask, cached, offset, rngs):
+        mixed, cached = self.attn(self.ln_1(x), mask, cached, offset, rngs)
+        x = x + mixed
+        return x + self.mlp(self.ln_2(x), rngs), cached
+
+
+class GPT2(nnx.Module):
+    """A GPT-2 language model.
+
+    Args:
+      config: the architecture.
+      dtype: operand type of every matrix product, and of the KV cache.
+      param_dtype: storage type of embeddings and kernels; layer norms and biases stay float32.
+      rngs: initial weights are drawn from ``rngs.params``.
+    """
+
+    def __init__(
+        self, config: GPT2Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        kinds = dict(dtype=self.dtype, param_dtype=jnp.dtype(param_dtype), rngs=rngs)
+        init = nnx.initializers.normal(config.initializer_range)
+
+        def table(rows: int) -> nnx.Param:
+            return nnx.Param(init(rngs.params(), (rows, config.n_embd), kinds["param_dtype"]))
+
+        self.wte = table(config.vocab_size)
+        self.wpe = table(config.n_positions)
+        self.h = nnx.List([Block(config, layer, **kinds) for layer in range(config.n_layer)])
+        self.ln_f = _layer_norm(config, rngs)
+        self.lm_head = None if config.tie_word_embeddings else table(config.vocab_size)
+        self.embd_dropout = nnx.Dropout(config.embd_pdrop)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        offset: jax.Array | int = 0,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """One pass over ``T`` tokens a row.
+
+        Args:
+          tokens: ``[B, T]`` int32 token ids.
+          positions: ``[B, T]`` int32 position ids; ``0..T-1`` by default.
+          mask: ``[B, T, S]`` bool, which slots each token attends to; causal by default
+            (without a cache, where ``S = T``). Required with a cache.
+          cache: if given, the block's keys and values are written to it from slot ``offset``
+            on before attending. Its ``length`` is left alone: committing is the caller's.
+          offset: first slot of the block: a scalar, or ``[B]``.
+          rngs: given in training, turns dropout on (stream ``dropout``).
+
+        Returns:
+          Logits ``[B, T, V]`` float32 and the written cache (``None`` without one).
+        """
+        batch, rows = tokens.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(rows), (batch, rows))
+        if mask is None:
+            mask = jnp.broadcast_to(jnp.tri(rows, dtype=bool), (batch, rows, rows))
+        x = self.wte[...][tokens].astype(jnp.float32) + self.wpe[...][positions].astype(jnp.float32)
+        x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
+        layers = []
+        for index, block in enumerate(self.h):
+            cached = None if cache is None else (cache.keys[index], cache.values[index])
+            x, cached = block(x, mask, cached, offset, rngs)
+            layers.append(cached)
+        head = self.wte if self.lm_head is None else self.lm_head
+        logits = _product("bte,ve->btv", self.ln_f(x), head[...], self.dtype)
+        if cache is not None:
+            keys, values = zip(*layers, strict=True)
+            cache = dataclasses.replace(cache, keys=keys, values=values)
+        return logits, cache
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for this model."""
+        c = self.config
+        return kv_cache.init(c.n_layer, batch, c.n_head, slots, c.head_dim, self.dtype)
+
+
+def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.n_embd,
+        epsilon=config.layer_norm_epsilon,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def abstract(config: GPT2Config, **kinds) -> GPT2:
+    """The model with shapes in place of arrays: nothing is allocated or computed."""
+    return nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0), **kinds))
+
+
+def parameter_count(model: GPT2) -> int:
+    """Number of parameters (a tied head counts once)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
