@@ -8,3 +8,14 @@ Array axes, in every signature and docstring of this package:
   H  heads               D  head size                    E  model width
   L  layers              M  model stages (oracle first, then drafts)
 """
+
+from ssd_jax.errors import SsdError as SsdError
+from ssd_jax.generate import GenerationResult as GenerationResult
+from ssd_jax.generate import Stats as Stats
+
+# `import ssd_jax.generate` would bind this name to the module; importing the function last
+# leaves the function there, and `from ssd_jax.generate import generate` works all the same.
+from ssd_jax.generate import generate as generate
+from ssd_jax.plan import Plan as Plan
+from ssd_jax.stack import Stack as Stack
+from ssd_jax.stack import load as load

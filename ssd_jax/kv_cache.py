@@ -59,8 +59,7 @@ def write(buffer: jax.Array, rows: jax.Array, offset: jax.Array | int) -> jax.Ar
     offset = jnp.asarray(offset, jnp.int32)
     if offset.ndim == 0:
         return lax.dynamic_update_slice_in_dim(buffer, rows, offset, axis=2)
-    # One small in-place write a row: the batched form lowers to a scatter, which XLA:CPU
-    # turns into a copy of the whole buffer.
+    # One small in-place write a row.
     for b in range(buffer.shape[0]):
         buffer = lax.dynamic_update_slice(buffer, rows[b : b + 1], (b, 0, offset[b], 0))
     return buffer
@@ -72,13 +71,16 @@ def keep(cache: KVCache, slots: jax.Array, count: jax.Array) -> KVCache:
     Args:
       cache: the cache whose scratch slots hold the evaluated block.
       slots: ``[B, P]`` int32, the slot of each accepted token in order; entries from
-        ``count`` on are ignored (their rows land above the new length).
+        ``count`` on may be any slot in range (their rows land above the new length).
       count: ``[B]`` int32, how many to keep, ``0 <= count <= P``.
     """
 
     def move(buffer: jax.Array) -> jax.Array:
-        rows = jnp.take_along_axis(buffer, slots[:, None, :, None], axis=2)
-        return write(buffer, rows, cache.length)
+        index = slots[:, None, :, None]
+        rows = jnp.take_along_axis(buffer, index, axis=2, mode="promise_in_bounds")
+        # Gathered before anything is overwritten: fused into each row's write, the gather would
+        # force a copy of the whole buffer.
+        return write(buffer, lax.optimization_barrier(rows), cache.length)
 
     return KVCache(
         keys=tuple(move(k) for k in cache.keys),

@@ -1,0 +1,131 @@
+"""Looking at what XLA made of the loop, for this machine or for a GPU that is not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+# Public figures of the device, in the form of XLA's GpuTargetConfigProto.
+_H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+GPU_TARGETS = {"h200": _H200}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*-> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\(")
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+def gpu_device(target: str = "h200"):
+    """A described GPU to compile for; needs the extra ``aot``, but no GPU.
+
+    Raises:
+      RuntimeError: the CUDA plugin is not installed (raised by JAX).
+    """
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=GPU_TARGETS[target], topology="1x1x1"
+    )
+    return topology.devices[0]
+
+
+def described(arrays, device):
+    """Shapes and types of a pytree of arrays, placed on a device that may not exist."""
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays
+    )
+
+
+def computations(hlo: str) -> dict[str, list[str]]:
+    """Instruction lines of optimised HLO text, by computation name."""
+    found: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for line in hlo.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = found.setdefault(header.group(1), [])
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            current.append(line)
+    return found
+
+
+def called(lines: Iterable[str]) -> set[str]:
+    """Names of the computations that some instructions call."""
+    names: set[str] = set()
+    for line in lines:
+        names.update(_CALLED.findall(line))
+        for group in _BRANCHES.findall(line):
+            names.update(name.strip().lstrip("%") for name in group.split(","))
+    return names
+
+
+def loop_bodies(hlo: str) -> dict[str, list[str]]:
+    """Computations that run inside a ``while``: the bodies and all that they call."""
+    every = computations(hlo)
+    pending = {
+        match.group(1)
+        for lines in every.values()
+        for line in lines
+        for match in re.finditer(r" while\(.*body=%?([\w.\-]+)", line)
+    }
+    inside: dict[str, list[str]] = {}
+    while pending:
+        name = pending.pop()
+        if name in every and name not in inside:
+            inside[name] = every[name]
+            pending |= called(every[name])
+    return inside
+
+
+def cache_sized_copies(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
+    """Instructions inside loops that write a whole buffer of one of some shapes anew.
+
+    That is every ``copy``, and every fusion that has such a result without being an in-place
+    ``dynamic-update-slice``.
+    """
+    every = computations(hlo)
+    marks = [f"[{','.join(map(str, shape))}]" for shape in shapes]
+    copies = []
+    for lines in loop_bodies(hlo).values():
+        for line in lines:
+            match = _INSTRUCTION.match(line)
+            if match is None or not any(mark in match.group(3) for mark in marks):
+                continue
+            opcode = match.group(4)
+            inner = [text for name in called([line]) for text in every.get(name, [])]
+            in_place = any(" dynamic-update-slice(" in text for text in inner)
+            if opcode in ("copy", "copy-start") or (opcode == "fusion" and not in_place):
+                copies.append(line.strip())
+    return copies

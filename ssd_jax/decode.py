@@ -1,0 +1,334 @@
+"""The compiled decode loop.
+
+``decode`` is one ``jit`` around one ``lax.while_loop``. Its body, :func:`speculative_step`, is
+one round of the algorithm: the drafts grow a tree, the oracle evaluates the best of it in one
+pass, the path it agrees with is committed together with its own next token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssd_jax import stages
+from ssd_jax import tree as trees
+from ssd_jax.kv_cache import KVCache
+from ssd_jax.ngram import NGramTables
+from ssd_jax.plan import Capacities, Policy
+from ssd_jax.sampling import Sampling, choose, gumbel_noise, scores
+from ssd_jax.stages import Round, Side
+from ssd_jax.tree import TokenTree, at
+
+RUNNING, ENDED, LIMITED = 0, 1, 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Written by the loop, never read by it.
+
+    Attributes:
+      origin: ``[B, S']`` int32, the stage that proposed each committed token.
+      margin: ``[B, S']`` float32, by how much the oracle's choice of each token won.
+      length: ``[R, B]`` int32, committed tokens at the start of each round.
+      passes: ``[R, M]`` int32, passes of the oracle and each draft in each round.
+    """
+
+    origin: jax.Array
+    margin: jax.Array
+    length: jax.Array
+    passes: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What one round hands to the next.
+
+    Attributes:
+      text: ``[B, S']`` int32, prompt and continuation; committed below ``length``.
+      length: ``[B]`` int32. The newest committed token is in no model's cache.
+      limit: ``[B]`` int32, the length at which a row must end.
+      eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
+      finish: ``[B]`` int32, ``RUNNING``, ``ENDED`` (by an end-of-text token) or ``LIMITED``.
+      caches: the oracle's and each draft's.
+      rounds: int32, rounds made so far.
+      trace: for the caller.
+    """
+
+    text: jax.Array
+    length: jax.Array
+    limit: jax.Array
+    eos: jax.Array
+    finish: jax.Array
+    caches: tuple[KVCache, ...]
+    rounds: jax.Array
+    trace: Trace
+
+
+def init_state(
+    models: tuple[Any, ...],
+    text: jax.Array,
+    length: jax.Array,
+    limit: jax.Array,
+    eos: jax.Array,
+    capacities: Capacities,
+) -> DecodeState:
+    """The state before the first round: the prompt is committed, the caches are empty.
+
+    Args:
+      models: the oracle and the drafts.
+      text: ``[B, T]`` int32 prompts, at most ``capacities.text`` long.
+      length: ``[B]`` int32 prompt lengths, at least 1.
+      limit: ``[B]`` int32, at most ``capacities.text``.
+      eos: ``[B, F]`` int32.
+      capacities: see :class:`~ssd_jax.plan.Capacities`.
+    """
+    batch = text.shape[0]
+    buffer = (batch, capacities.buffer)
+    return DecodeState(
+        text=jnp.zeros(buffer, jnp.int32).at[:, : text.shape[1]].set(text),
+        length=length,
+        limit=limit,
+        eos=eos,
+        finish=jnp.where(length < limit, RUNNING, LIMITED).astype(jnp.int32),
+        caches=tuple(m.init_cache(batch, capacities.slots(i)) for i, m in enumerate(models)),
+        rounds=jnp.int32(0),
+        trace=Trace(
+            origin=jnp.zeros(buffer, jnp.int32),
+            margin=jnp.full(buffer, jnp.inf, jnp.float32),
+            length=jnp.zeros((capacities.text, batch), jnp.int32),
+            passes=jnp.zeros((capacities.text, len(models)), jnp.int32),
+        ),
+    )
+
+
+@partial(jax.jit, static_argnames="capacities", donate_argnames="state")
+def decode(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    yield_at: jax.Array,
+    *,
+    capacities: Capacities,
+) -> DecodeState:
+    """Run rounds until every row has finished or reached ``yield_at``.
+
+    Args:
+      models: the oracle and the drafts, callables with the signature of
+        :meth:`ssd_jax.gpt2.GPT2.__call__` that are pytrees and have ``config`` (with
+        ``n_positions`` and ``vocab_size``) and ``init_cache``.
+      tables: the n-gram stage, or ``None``.
+      state: where to go on from; donated.
+      sampling: how tokens are chosen.
+      policy: how much is drafted.
+      yield_at: ``[B]`` int32. The loop stops *between* rounds once every unfinished row is at
+        least this long, so a run in chunks takes the same steps as one long run.
+      capacities: static.
+    """
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return jnp.any((state.finish == RUNNING) & (state.length < yield_at))
+
+    def step(state: DecodeState) -> DecodeState:
+        return speculative_step(models, tables, state, sampling, policy, capacities)
+
+    return lax.while_loop(unfinished, step, state)
+
+
+def speculative_step(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+) -> DecodeState:
+    """One round: catch up, draft a tree, verify it, commit the accepted path.
+
+    Arguments as for :func:`decode`; can be called on its own.
+    """
+    levels = jnp.arange(capacities.depth + 1)
+    rnd = Round(
+        models=models,
+        tables=tables,
+        text=state.text,
+        length=state.length,
+        limit=state.limit,
+        active=state.finish == RUNNING,
+        eos=state.eos,
+        noise=gumbel_noise(
+            sampling, state.length[:, None] + levels, models[0].config.vocab_size
+        ),
+        sampling=sampling,
+        policy=policy,
+        capacities=capacities,
+    )
+    caches, caught_up = _catch_up(rnd, state)
+    tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
+    sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
+    tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
+    verdict, oracle = _verify(rnd, tree, sides[0])
+    emitted = _emit(state, tree, verdict)
+    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted)
+
+
+def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
+    """Bring every cache up to the trunk. Passes made in the first round are the prefill and
+    do not count."""
+    # The oracle's pass has room for the root alone; the drafts' take the whole trunk.
+    room = [1] + [rnd.capacities.trunk] * (len(rnd.models) - 1)
+    results = [
+        stages.catch_up(rnd, model, cache, backlog)
+        for model, (cache, backlog) in enumerate(zip(state.caches, room, strict=True))
+    ]
+    caches, passes = zip(*results, strict=True)
+    return caches, jnp.where(state.rounds == 0, 0, jnp.stack(passes))
+
+
+def _trunk(rnd: Round) -> jax.Array:
+    """``[B, K]`` int32, the newest committed tokens, right-aligned."""
+    size = rnd.capacities.trunk
+    return at(rnd.text, rnd.length[:, None] - size + jnp.arange(size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the oracle made of a tree.
+
+    Attributes:
+      path: ``[B, D + 1]`` int32 accepted nodes, root first.
+      accepted: ``[B]`` int32, nodes below the root on it.
+      token: ``[B, D + 1]`` int32, the oracle's choice after each node of the path: these are
+        the next tokens of the text, the last one (at index ``accepted``) its own.
+      margin: ``[B, D + 1]`` float32, by how much each choice won.
+    """
+
+    path: jax.Array
+    accepted: jax.Array
+    token: jax.Array
+    margin: jax.Array
+
+
+def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
+    """One oracle pass over the best nodes of the tree."""
+    width = rnd.capacities.widths[0]
+    eligible = tree.valid & (tree.depth >= 0)
+    nodes, found = trees.best_nodes(trees.values(tree), eligible, width, rnd.policy.width[0])
+    if width == 1:
+        logits, side = _evaluate_root(rnd, tree, side)
+    else:
+        logits, side = stages.evaluate(rnd, 0, side, tree, nodes, found)
+    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
+    token, margin = choose(scores(logits, rnd.noise, level, rnd.sampling))
+    row, evaluated = trees.row_of(nodes, found, tree.capacity)
+    root = rnd.capacities.trunk - 1
+    path, accepted = trees.accepted_path(
+        tree, evaluated, at(token, row), root, rnd.capacities.depth
+    )
+    on_path = at(row, path)
+    return Verdict(path, accepted, at(token, on_path), at(margin, on_path)), side
+
+
+def _evaluate_root(rnd: Round, tree: TokenTree, side: Side) -> tuple[jax.Array, Side]:
+    """Plain decoding's pass: the root goes straight to its final slot, nothing is moved."""
+    oracle, cache = rnd.models[0], side.cache
+    position = rnd.length[:, None] - 1
+    slots = jnp.arange(rnd.capacities.slots(0))
+    logits, cache = oracle(
+        at(rnd.text, position),
+        position,
+        mask=slots <= position[:, :, None],
+        cache=cache,
+        offset=cache.length,
+    )
+    return logits, dataclasses.replace(side, cache=cache, passes=side.passes + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """How much of a verdict enters the text.
+
+    Attributes:
+      count: ``[B]`` int32 tokens, 0 for finished rows.
+      finish: ``[B]`` int32, the rows' new status.
+      origin: ``[B, D + 1]`` int32, who proposed each token.
+    """
+
+    count: jax.Array
+    finish: jax.Array
+    origin: jax.Array
+
+
+def _emit(state: DecodeState, tree: TokenTree, verdict: Verdict) -> Emitted:
+    """Cut the accepted path at an end-of-text token and at the limit."""
+    index = jnp.arange(verdict.token.shape[1])
+    within = index <= verdict.accepted[:, None]
+    ends = within & jnp.any(verdict.token[:, :, None] == state.eos[:, None, :], axis=-1)
+    first_end = jnp.min(jnp.where(ends, index, index.shape[0]), axis=-1)
+    running = state.finish == RUNNING
+    count = jnp.minimum(verdict.accepted, first_end) + 1
+    count = jnp.where(running, jnp.minimum(count, state.limit - state.length), 0)
+    finish = jnp.where(state.length + count >= state.limit, LIMITED, RUNNING)
+    finish = jnp.where(first_end < count, ENDED, finish)
+    below = jnp.pad(at(tree.origin, verdict.path[:, 1:]), ((0, 0), (0, 1)))
+    return Emitted(
+        count=count,
+        finish=jnp.where(running, finish, state.finish).astype(jnp.int32),
+        origin=jnp.where(index < verdict.accepted[:, None], below, 0),
+    )
+
+
+def _advance(
+    rnd: Round,
+    state: DecodeState,
+    sides: tuple[Side, ...],
+    caught_up: jax.Array,
+    verdict: Verdict,
+    emitted: Emitted,
+) -> DecodeState:
+    """Commit text and caches, write the trace."""
+    length = state.length + emitted.count
+    trunk = rnd.capacities.trunk
+    known = trunk + verdict.accepted
+    batch = state.length.shape[0]
+    path = jnp.concatenate(
+        [jnp.broadcast_to(jnp.arange(trunk), (batch, trunk)), verdict.path[:, 1:]], axis=1
+    )
+    if rnd.capacities.widths[0] == 1:
+        oracle = dataclasses.replace(sides[0].cache, length=length - 1)
+    else:
+        oracle = stages.commit(rnd, sides[0], path, known, length)
+    caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides[1:]))
+    trace = Trace(
+        origin=_write(state.trace.origin, emitted.origin, state.length),
+        margin=_write(state.trace.margin, verdict.margin, state.length),
+        length=state.trace.length.at[state.rounds].set(state.length),
+        passes=state.trace.passes.at[state.rounds].set(
+            caught_up + jnp.stack([side.passes for side in sides])
+        ),
+    )
+    return dataclasses.replace(
+        state,
+        text=_write(state.text, verdict.token, state.length),
+        length=length,
+        finish=emitted.finish,
+        caches=caches,
+        rounds=state.rounds + 1,
+        trace=trace,
+    )
+
+
+def _write(buffer: jax.Array, row: jax.Array, offset: jax.Array) -> jax.Array:
+    """Write ``row[b]`` into ``buffer[b]`` from ``offset[b]`` on. Entries past what was emitted
+    land above the new length, where the next round overwrites them."""
+    for b in range(buffer.shape[0]):
+        buffer = lax.dynamic_update_slice(buffer, row[b : b + 1], (b, offset[b]))
+    return buffer

@@ -1,0 +1,344 @@
+"""Plans: how much each stage drafts.
+
+A :class:`Plan` is what a user writes, stores as JSON and passes to ``generate``. The engine
+sees it as two things: :class:`Capacities`, static numbers that set array shapes, and
+:class:`Policy`, a record of traced arrays. Plans that fit the same capacities share one
+compiled program. Plain decoding, classical speculative decoding and the staged algorithm are
+plans of the same engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssd_jax.errors import PlanError
+
+MODES = ("baseline", "speculative", "staged")
+
+
+def _check(record: object, name: str, low: float, high: float, *, whole: bool = True) -> None:
+    value = getattr(record, name)
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        what = "an integer" if whole else "a number"
+        raise PlanError(
+            f"plan field {type(record).__name__}.{name} must be {what} "
+            f"from {low:g} to {high:g}, not {value!r}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftPlan:
+    """One model draft.
+
+    Attributes:
+      rounds: passes of this model for each time the stage above asks it to grow the tree.
+      width: nodes evaluated in one pass.
+      branch: children added below each evaluated node.
+      threshold: a pass is made only while some open node is at least this probable (as a path
+        below the root), 0 to 1.
+      tau_greedy, tau_sampled: scores are divided by this before the softmax that values nodes;
+        below 1 the draft counts as surer of itself than its probabilities say.
+    """
+
+    rounds: int = 3
+    width: int = 8
+    branch: int = 4
+    threshold: float = 0.02
+    tau_greedy: float = 1.0
+    tau_sampled: float = 1.0
+
+    def __post_init__(self):
+        _check(self, "rounds", 0, 64)
+        _check(self, "width", 1, 128)
+        _check(self, "branch", 1, 64)
+        _check(self, "threshold", 0.0, 1.0, whole=False)
+        _check(self, "tau_greedy", 1e-3, 1e3, whole=False)
+        _check(self, "tau_sampled", 1e-3, 1e3, whole=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class NGramPlan:
+    """The n-gram stage: Katz trigram and look-up in the text so far.
+
+    Attributes:
+      levels: how many times the leaves are extended each time.
+      width: leaves extended at a time.
+      branch: trigram continuations of each leaf; 0 turns the trigram off.
+      match: longest context compared in the look-up; 0 turns the look-up off.
+      match_prob: estimated probability that a look-up's token is right, by matched length
+        (the last entry serves all longer ones).
+      tau_greedy, tau_sampled: as for drafts.
+    """
+
+    levels: int = 3
+    width: int = 8
+    branch: int = 2
+    match: int = 6
+    match_prob: tuple[float, ...] = (0.15, 0.3, 0.5, 0.65, 0.75, 0.85)
+    tau_greedy: float = 1.0
+    tau_sampled: float = 1.0
+
+    def __post_init__(self):
+        _check(self, "levels", 0, 64)
+        _check(self, "width", 1, 128)
+        _check(self, "branch", 0, 16)
+        _check(self, "match", 0, 64)
+        _check(self, "tau_greedy", 1e-3, 1e3, whole=False)
+        _check(self, "tau_sampled", 1e-3, 1e3, whole=False)
+        if not self.match_prob or not all(0.0 < p < 1.0 for p in self.match_prob):
+            raise PlanError("plan field NGramPlan.match_prob needs probabilities between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A whole stack's plan; see the module's text.
+
+    Attributes:
+      width: nodes the oracle evaluates in one pass, the root among them.
+      drafts: one entry for each model draft in use, largest first (may be fewer than loaded).
+      ngram: the n-gram stage, or ``None`` to leave it out.
+      depth: deepest level of the tree.
+      nodes: the tree's capacity below the root.
+      floor: children whose path is less probable than this are not added.
+      chunk: tokens evaluated at once when a cache catches up with the text (the prompt).
+    """
+
+    width: int = 1
+    drafts: tuple[DraftPlan, ...] = ()
+    ngram: NGramPlan | None = None
+    depth: int = 0
+    nodes: int = 0
+    floor: float = 1e-3
+    chunk: int = 32
+
+    def __post_init__(self):
+        _check(self, "width", 1, 512)
+        _check(self, "depth", 0, 128)
+        _check(self, "nodes", 0, 1024)
+        _check(self, "chunk", 1, 1024)
+        _check(self, "floor", 0.0, 1.0, whole=False)
+        if (self.drafts or self.ngram) and (self.depth < 1 or self.nodes < 1):
+            raise PlanError("a plan with drafts needs depth and nodes of at least 1")
+
+    @classmethod
+    def baseline(cls) -> Plan:
+        """Plain decoding: one token for each oracle pass."""
+        return cls()
+
+    @classmethod
+    def speculative(cls, tokens: int = 4) -> Plan:
+        """The classical chain (Leviathan et al. 2022): one draft, its best token each time."""
+        # Width 2: after full acceptance the draft lacks two tokens, and takes both at once.
+        draft = DraftPlan(rounds=tokens, width=2, branch=1, threshold=0.0)
+        return cls(width=tokens + 1, drafts=(draft,), depth=tokens, nodes=tokens, floor=0.0)
+
+    @classmethod
+    def staged(cls, drafts: int = 1, ngram: bool = True) -> Plan:
+        """Tree drafting by every stage of the stack."""
+        if not drafts and not ngram:
+            return cls.baseline()
+        return cls(
+            width=24,
+            drafts=(DraftPlan(),) * drafts,
+            ngram=NGramPlan() if ngram else None,
+            depth=16,
+            nodes=96,
+        )
+
+    @classmethod
+    def for_mode(cls, mode: str, drafts: int, ngram: bool) -> Plan:
+        """The default plan of a mode for a stack with so many drafts."""
+        if mode not in MODES:
+            raise PlanError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
+        if mode == "baseline":
+            return cls.baseline()
+        if mode == "staged":
+            return cls.staged(drafts, ngram)
+        if not drafts:
+            raise PlanError("mode 'speculative' needs a draft model; load one, or use 'staged'")
+        return cls.speculative()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+          PlanError: not JSON, an unknown field, or a value out of range.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{source} is not valid JSON ({error}); write it anew") from None
+        plan = dict(_fields(cls, fields, source))
+        drafts = plan.get("drafts", ())
+        if not isinstance(drafts, list | tuple):
+            raise PlanError(f"{source}: drafts must be a list, not {drafts!r}")
+        plan["drafts"] = tuple(DraftPlan(**_fields(DraftPlan, d, source)) for d in drafts)
+        if plan.get("ngram") is not None:
+            ngram = dict(_fields(NGramPlan, plan["ngram"], source))
+            if isinstance(ngram.get("match_prob"), list):
+                ngram["match_prob"] = tuple(ngram["match_prob"])
+            plan["ngram"] = NGramPlan(**ngram)
+        return cls(**plan)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan file.
+
+        Raises:
+          PlanError: the file cannot be read or is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan file {path}: {error}") from None
+        return cls.from_json(text, str(path))
+
+
+def _fields(record: type, given: Any, source: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise PlanError(f"{source}: {record.__name__} must be an object, not {given!r}")
+    known = {field.name for field in dataclasses.fields(record)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise PlanError(
+            f"{source}: {record.__name__} has no field {unknown[0]!r}; known: {sorted(known)}"
+        )
+    return given
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacities:
+    """Static numbers: they set shapes, and a new set compiles a new program.
+
+    Attributes:
+      text: longest text (prompt and continuation) the buffers hold, in tokens.
+      nodes: N, trunk included.
+      trunk: K.
+      depth: D, deepest tree level.
+      chunk: tokens a pass when catching up.
+      widths: W of the oracle and of each draft.
+      branches: children per node, for each draft.
+      passes: most passes a round, for the oracle (1) and each draft.
+      ngram: (width, branch, match) of the n-gram stage, or ``None``.
+    """
+
+    text: int
+    nodes: int
+    trunk: int
+    depth: int
+    chunk: int
+    widths: tuple[int, ...]
+    branches: tuple[int, ...]
+    passes: tuple[int, ...]
+    ngram: tuple[int, int, int] | None
+
+    @classmethod
+    def of(cls, plan: Plan, text: int) -> Capacities:
+        """The smallest capacities that hold a plan, for texts of up to ``text`` tokens."""
+        # The whole trunk must fit the first pass of every draft.
+        trunk = min((d.width for d in plan.drafts), default=1)
+        passes, calls = [1], 1
+        for draft in plan.drafts:
+            passes.append(max(calls * draft.rounds, 1))
+            calls *= draft.rounds + 1
+        ngram = plan.ngram
+        return cls(
+            text=text,
+            nodes=trunk + plan.nodes,
+            trunk=trunk,
+            depth=plan.depth,
+            chunk=plan.chunk,
+            widths=(min(plan.width, plan.nodes + 1), *(d.width for d in plan.drafts)),
+            branches=tuple(d.branch for d in plan.drafts),
+            passes=tuple(passes),
+            ngram=None if ngram is None else (ngram.width, ngram.branch, ngram.match),
+        )
+
+    def scratch(self, model: int) -> int:
+        """Cache slots a model needs beyond the text: its blocks of one round, a chunk of
+        catching up, or the rows rewritten on acceptance, whichever is most."""
+        blocks = self.widths[model] * self.passes[model]
+        return max(blocks, self.chunk, self.trunk + self.depth + 1)
+
+    def slots(self, model: int) -> int:
+        """S, cache slots of a model."""
+        return self.text + self.scratch(model)
+
+    @property
+    def buffer(self) -> int:
+        """Length of the text buffer: a whole path may be written at the last position."""
+        return self.text + self.depth + 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The traced side of a plan. Values beyond the capacities act as the capacities.
+
+    Attributes:
+      width: ``[M]`` int32, of the oracle and each draft.
+      rounds, branch: ``[M - 1]`` int32, of each draft.
+      threshold: ``[M - 1]`` float32, natural log.
+      tau: ``[M, 2]`` float32, (greedy, sampled) of each draft and, last, the n-gram stage.
+      levels, ngram_width, ngram_branch: int32, of the n-gram stage.
+      match_log_prob: ``[match]`` float32, by matched length from 1.
+      depth: int32.
+      floor: float32, natural log.
+    """
+
+    width: jax.Array
+    rounds: jax.Array
+    branch: jax.Array
+    threshold: jax.Array
+    tau: jax.Array
+    levels: jax.Array
+    ngram_width: jax.Array
+    ngram_branch: jax.Array
+    match_log_prob: jax.Array
+    depth: jax.Array
+    floor: jax.Array
+
+    @classmethod
+    def of(cls, plan: Plan, match: int | None = None) -> Policy:
+        """The policy of a plan; ``match`` is the capacity for matched lengths, if larger."""
+        ngram = plan.ngram or NGramPlan(levels=0, match=0)
+        match = ngram.match if match is None else match
+        probs = jnp.asarray(
+            [ngram.match_prob[min(i, len(ngram.match_prob) - 1)] for i in range(match)],
+            jnp.float32,
+        )
+        # Lengths beyond the plan's own are not looked for: they count as its longest.
+        drafts = plan.drafts
+
+        def ints(values) -> jax.Array:
+            return jnp.asarray(values, jnp.int32)
+
+        def logs(values) -> jax.Array:
+            return jnp.log(jnp.asarray(values, jnp.float32))
+
+        return cls(
+            width=ints([plan.width, *(d.width for d in drafts)]),
+            rounds=ints([d.rounds for d in drafts]),
+            branch=ints([d.branch for d in drafts]),
+            threshold=logs([d.threshold for d in drafts]),
+            tau=jnp.asarray([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)], jnp.float32),
+            levels=ints(ngram.levels),
+            ngram_width=ints(ngram.width),
+            ngram_branch=ints(ngram.branch),
+            match_log_prob=jnp.log(probs),
+            depth=ints(plan.depth),
+            floor=logs(plan.floor),
+        )

@@ -1,0 +1,256 @@
+"""The decode as a pure function: which token follows, given logits, position and seed.
+
+``choose(warp(logits_t) + noise_t)``: greedy rows take the arg-max of their logits, sampled
+rows the arg-max of their warped logits plus Gumbel noise, which is an exact draw from the
+warped distribution (the Gumbel-max trick). The noise depends on (seed, absolute position,
+token id) alone, so the text does not depend on what was drafted, nor on batching or chunking.
+
+Seed contract: the noise of token ``v`` at position ``t`` is made from the first output word of
+``threefry2x32`` (Salmon et al. 2011, 20 rounds) with key ``seed`` and counter ``(t, v)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ssd_jax.errors import SamplingError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How each batch row chooses its tokens; every field is traced.
+
+    Attributes:
+      temperature: ``[B]`` float32; 0 is greedy.
+      top_k: ``[B]`` int32; the vocabulary size (or more) turns it off.
+      top_p: ``[B]`` float32 in (0, 1]; 1 turns it off.
+      seed: ``[B, 2]`` uint32, the two key words of the noise.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        batch: int = 1,
+        *,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | None | Sequence[int | None] = None,
+        top_p: float | None | Sequence[float | None] = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Sampling:
+        """Validate user options; each is one value, or one for each row.
+
+        Raises:
+          SamplingError: an option lies outside its range.
+        """
+        rows = [
+            _check_row(*row)
+            for row in zip(
+                _per_row(temperature, batch, "temperature"),
+                _per_row(top_k, batch, "top_k"),
+                _per_row(top_p, batch, "top_p"),
+                _per_row(seed, batch, "seed"),
+                strict=True,
+            )
+        ]
+        temperatures, ks, ps, seeds = zip(*rows, strict=True)
+        return cls(
+            temperature=jnp.asarray(temperatures, jnp.float32),
+            top_k=jnp.asarray(ks, jnp.int32),
+            top_p=jnp.asarray(ps, jnp.float32),
+            seed=jnp.asarray(np.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32)),
+        )
+
+
+def _per_row(value, batch: int, name: str) -> list:
+    if isinstance(value, Sequence):
+        if len(value) != batch:
+            raise SamplingError(f"{name} has {len(value)} entries for {batch} prompts; give one each")
+        return list(value)
+    return [value] * batch
+
+
+def _check_row(temperature, top_k, top_p, seed) -> tuple[float, int, float, int]:
+    """One row's options with their neutral values filled in."""
+    off = np.iinfo(np.int32).max
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float | np.number):
+        raise SamplingError(f"temperature must be a number, not {temperature!r}")
+    if not math.isfinite(temperature) or temperature < 0:
+        raise SamplingError(
+            f"temperature must be 0 (greedy) or a positive finite number, not {temperature}"
+        )
+    if 0 < temperature < 1e-4:
+        raise SamplingError(f"temperature {temperature} is too small to divide by; use 0 for greedy")
+    if top_k is not None and (isinstance(top_k, bool) or int(top_k) != top_k or top_k < 0):
+        raise SamplingError(f"top_k must be a positive integer, or 0 or None for off, not {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise SamplingError(f"top_p must lie in (0, 1], not {top_p}; 1 or None turns it off")
+    if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**64:
+        raise SamplingError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
+    return float(temperature), min(int(top_k or off), off), float(top_p or 1.0), int(seed)
+
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry2x32(key: tuple, counter: tuple) -> tuple[jax.Array, jax.Array]:
+    """The threefry2x32 block cipher, 20 rounds, element by element (Salmon et al. 2011).
+
+    Written out in plain operations, so that it fuses into whatever consumes it.
+
+    Args:
+      key: two uint32 arrays.
+      counter: two uint32 arrays, broadcastable with the key.
+
+    Returns:
+      Two uint32 arrays of random bits.
+    """
+    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    x0, x1 = counter[0] + keys[0], counter[1] + keys[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << jnp.uint32(rotation)) | (x1 >> jnp.uint32(32 - rotation))
+            x1 = x0 ^ x1
+        x0 = x0 + keys[(block + 1) % 3]
+        x1 = x1 + keys[(block + 2) % 3] + jnp.uint32(block + 1)
+    return x0, x1
+
+
+def gumbel_noise(sampling: Sampling, positions: jax.Array, vocab_size: int) -> jax.Array:
+    """Gumbel noise for the tokens at some positions.
+
+    Zeros if no row samples, at no cost.
+
+    Args:
+      sampling: gives the seeds.
+      positions: ``[B, Q]`` int32 absolute positions.
+      vocab_size: V.
+
+    Returns:
+      ``[B, Q, V]`` float32.
+    """
+
+    def draw() -> jax.Array:
+        seed = sampling.seed[:, :, None, None]
+        counter = (
+            positions.astype(jnp.uint32)[:, :, None],
+            lax.broadcasted_iota(jnp.uint32, (1, 1, vocab_size), 2),
+        )
+        bits, _ = threefry2x32((seed[:, 0], seed[:, 1]), counter)
+        # Minus log of an exponential. The uniform is small where the noise is large, so that
+        # float32 resolves the upper tail (to about 22.9) and never reaches an infinity.
+        uniform = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
+        return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, jnp.float32(1 - 2**-24))))
+
+    shape = (*positions.shape, vocab_size)
+    return lax.cond(
+        jnp.any(sampling.temperature > 0), draw, lambda: jnp.zeros(shape, jnp.float32)
+    )
+
+
+def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Temperature, then top-k, then top-p, in the order and with the sense of ``transformers``.
+
+    Excluded tokens become minus infinity. Tokens that tie with the last one included are kept.
+    Greedy rows pass unchanged.
+
+    Args:
+      logits: ``[B, W, V]`` float32.
+      sampling: the options of each row.
+
+    Returns:
+      ``[B, W, V]`` float32 unnormalised log-weights.
+    """
+    sampled = sampling.temperature > 0
+    temperature = jnp.where(sampled, sampling.temperature, 1.0)
+    logits = logits / temperature[:, None, None]
+    limited = sampled & ((sampling.top_k < logits.shape[-1]) | (sampling.top_p < 1.0))
+    return lax.cond(jnp.any(limited), lambda: _truncate(logits, sampling, sampled), lambda: logits)
+
+
+def _truncate(logits: jax.Array, sampling: Sampling, sampled: jax.Array) -> jax.Array:
+    """Top-k and top-p by bisection on thresholds: ``k`` is traced, and sorts are ruinous."""
+    top_k = jnp.where(sampled, sampling.top_k, logits.shape[-1])[:, None]
+    top_p = jnp.where(sampled, sampling.top_p, 1.0)[:, None]
+    keys = _ordered_bits(logits)
+    by_count = _largest_key(lambda t: jnp.sum(keys >= t[..., None], -1) >= top_k, keys.shape[:-1])
+    kept = jnp.where(keys >= by_count[..., None], logits, -jnp.inf)
+
+    weights = jax.nn.softmax(kept, axis=-1)
+    # A token stays if the mass strictly above it is less than top_p; so the threshold is the
+    # largest key at or above which the mass reaches top_p. Where rounding leaves the whole
+    # mass short of top_p, nothing is excluded.
+    by_mass = _largest_key(
+        lambda t: jnp.sum(jnp.where(keys >= t[..., None], weights, 0.0), -1) >= top_p,
+        keys.shape[:-1],
+    )
+    by_mass = jnp.where(top_p < 1.0, by_mass, 0)
+    return jnp.where(keys >= by_mass[..., None], kept, -jnp.inf)
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 to uint32, keeping the order."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_key(holds, shape) -> jax.Array:
+    """The largest uint32 ``t`` for which a condition that fails from some ``t`` on holds."""
+
+    def refine(i, t):
+        candidate = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, t)
+
+    return lax.fori_loop(0, 32, refine, jnp.zeros(shape, jnp.uint32))
+
+
+def scores(
+    logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """What is compared when a token is chosen: the choice is the arg-max over V.
+
+    Args:
+      logits: ``[B, W, V]`` float32.
+      noise: ``[B, Q, V]`` float32 from :func:`gumbel_noise`.
+      level: ``[B, W]`` int32, which of the Q noise vectors belongs to each row of logits.
+      sampling: the options of each row.
+
+    Returns:
+      ``[B, W, V]`` float32.
+    """
+    sampled = sampling.temperature > 0
+
+    def perturbed() -> jax.Array:
+        own = jnp.take_along_axis(noise, level[:, :, None], axis=1, mode="promise_in_bounds")
+        return warp(logits, sampling) + jnp.where(sampled[:, None, None], own, 0.0)
+
+    return lax.cond(jnp.any(sampled), perturbed, lambda: logits)
+
+
+def choose(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The chosen token of each row of scores, and by how much it won.
+
+    Args:
+      scored: ``[B, W, V]`` float32 from :func:`scores`.
+
+    Returns:
+      Tokens ``[B, W]`` int32 and margins ``[B, W]`` float32 (best score less the second best).
+    """
+    token = jnp.argmax(scored, axis=-1).astype(jnp.int32)
+    best = jnp.max(scored, axis=-1)
+    others = lax.broadcasted_iota(jnp.int32, scored.shape, 2) != token[..., None]
+    second = jnp.max(jnp.where(others, scored, -jnp.inf), axis=-1)
+    return token, best - second

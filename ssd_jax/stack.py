@@ -1,0 +1,191 @@
+"""A stack: the oracle, its drafts, the n-gram and the tokenizer that belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from ssd_jax import checkpoint
+from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
+from ssd_jax.gpt2 import GPT2
+from ssd_jax.ngram import KatzModel, NGramTables
+from ssd_jax.tokenizer import Tokenizer
+
+# Continuations kept for each trigram context on the device.
+TABLE_BRANCH = 8
+
+PathLike = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Everything ``generate`` needs.
+
+    Attributes:
+      oracle: decides every token.
+      drafts: propose, largest first; may be empty.
+      ngram: proposes for the last draft (or, without drafts, for the oracle); may be ``None``.
+      tokenizer: ``None`` if prompts are token ids.
+
+    Raises:
+      VocabularyMismatchError: the parts do not share one vocabulary.
+    """
+
+    oracle: GPT2
+    drafts: tuple[GPT2, ...] = ()
+    ngram: KatzModel | None = None
+    tokenizer: Tokenizer | None = None
+
+    def __post_init__(self):
+        vocab = self.vocab_size
+        for name, model in zip(self.stage_names[1:-1], self.drafts, strict=True):
+            _same_vocabulary(name, model.config.vocab_size, vocab)
+        if self.ngram is not None:
+            _same_vocabulary("n-gram", self.ngram.vocab_size, vocab)
+        if self.tokenizer is not None and self.tokenizer.vocab_size > vocab:
+            raise VocabularyMismatchError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens but the oracle's vocabulary "
+                f"only {vocab}; load the tokenizer the oracle was trained with"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.oracle.config.vocab_size
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names by stage index: ``oracle``, ``draft``, ``draft2`` ..., ``ngram``."""
+        drafts = tuple(f"draft{i + 1}" if i else "draft" for i in range(len(self.drafts)))
+        return ("oracle", *drafts, "ngram")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """End-of-text ids of the oracle's configuration (those inside the vocabulary)."""
+        eos = self.oracle.config.eos_token_id
+        ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return tuple(i for i in ids if 0 <= i < self.vocab_size)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Beginning-of-text id, if there is one inside the vocabulary."""
+        bos = self.oracle.config.bos_token_id
+        return bos if bos is not None and 0 <= bos < self.vocab_size else None
+
+    @functools.cached_property
+    def tables(self) -> NGramTables | None:
+        """The n-gram on the device."""
+        return None if self.ngram is None else jax.device_put(self.ngram.tables(TABLE_BRANCH))
+
+
+def _same_vocabulary(name: str, size: int, vocab: int) -> None:
+    if size != vocab:
+        raise VocabularyMismatchError(
+            f"the {name} has a vocabulary of {size} tokens but the oracle one of {vocab}; "
+            "use stages trained with the same tokenizer"
+        )
+
+
+def load(
+    path: PathLike | None = None,
+    *,
+    oracle: PathLike | GPT2 | None = None,
+    drafts: Sequence[PathLike | GPT2] = (),
+    ngram: PathLike | KatzModel | None = None,
+    tokenizer: PathLike | Tokenizer | None = None,
+    dtype: str | None = None,
+) -> Stack:
+    """Load a stack.
+
+    Args:
+      path: a trio folder: ``oracle/``, ``draft/`` (``draft2/`` ...) as Hugging Face folders and
+        ``ngram.safetensors``; drafts and n-gram may be absent.
+      oracle: instead of ``path``, a Hugging Face folder, a hub name, or a model.
+      drafts: the same for each draft, largest first.
+      ngram: a file written by :meth:`~ssd_jax.ngram.KatzModel.save`, or a model.
+      tokenizer: a folder or hub name; by default the oracle's own, if it has one.
+      dtype: ``float32`` (the default on a CPU), ``bfloat16`` (the default on a GPU) or
+        ``float16``.
+
+    Raises:
+      CheckpointError: a part is missing or damaged.
+      ConfigError: arguments or a configuration make no sense.
+      VocabularyMismatchError: the parts do not share one vocabulary.
+    """
+    if (path is None) == (oracle is None):
+        raise ConfigError("give either a trio folder or oracle=..., not both")
+    if path is not None:
+        if drafts or ngram is not None:
+            raise ConfigError("a trio folder brings its own drafts and n-gram; pass oracle= instead")
+        oracle, drafts, ngram = _parts(Path(path))
+    assert oracle is not None
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    _check_vocabularies(oracle, drafts)
+    return Stack(
+        oracle=_model(oracle, dtype),
+        drafts=tuple(_model(draft, dtype) for draft in drafts),
+        ngram=ngram if ngram is None or isinstance(ngram, KatzModel) else KatzModel.load(ngram),
+        tokenizer=_tokenizer(tokenizer, oracle),
+    )
+
+
+def _parts(folder: Path) -> tuple[Path, list[Path], Path | None]:
+    """The parts of a trio folder."""
+    if not (folder / "oracle").is_dir():
+        raise CheckpointError(
+            f"{folder} is not a trio folder: it has no oracle/ inside; "
+            "pass a folder made by scripts/train.py, or oracle= for a single model"
+        )
+    drafts = [folder / "draft", *(folder / f"draft{i}" for i in range(2, 10))]
+    ngram = folder / "ngram.safetensors"
+    return (
+        folder / "oracle",
+        [draft for draft in drafts if draft.is_dir()],
+        ngram if ngram.is_file() else None,
+    )
+
+
+def _check_vocabularies(oracle: PathLike | GPT2, drafts: Sequence[PathLike | GPT2]) -> None:
+    """Compare configurations before any weights are read."""
+    sizes = [
+        (m.config if isinstance(m, GPT2) else checkpoint.load_config(m)).vocab_size
+        for m in (oracle, *drafts)
+    ]
+    for index, size in enumerate(sizes[1:], start=1):
+        _same_vocabulary(f"draft{index if index > 1 else ''}", size, sizes[0])
+
+
+def _model(source: PathLike | GPT2, dtype: str) -> GPT2:
+    return source if isinstance(source, GPT2) else checkpoint.load_model(source, dtype=dtype)
+
+
+def _tokenizer(source, oracle) -> Tokenizer | None:
+    if source is None:
+        if isinstance(oracle, GPT2):
+            return None
+        folder = Path(oracle)
+        named = ("tokenizer.json", "vocab.json")
+        if folder.is_dir() and not any((folder / name).is_file() for name in named):
+            return None
+        source = oracle
+    return source if isinstance(source, Tokenizer) else Tokenizer.load(source)
+
+
+def weight_bytes(model: GPT2) -> int:
+    """Bytes of weights that one forward pass reads: all but the embedding rows not looked up."""
+    total = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    skipped = model.wpe[...].nbytes + (0 if model.lm_head is None else model.wte[...].nbytes)
+    return total - skipped
+
+
+def cache_bytes_per_token(model: GPT2) -> int:
+    """Bytes of keys and values that one cached token costs each pass."""
+    width = model.config.n_layer * model.config.n_embd
+    return 2 * width * math.ceil(model.dtype.itemsize)

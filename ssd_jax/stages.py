@@ -1,0 +1,415 @@
+"""The stages: each one grows the token tree.
+
+Stage 0 is the oracle, stages 1 to M - 1 are model drafts, stage M is the n-gram. A draft
+repeats: let the stage below grow the tree; evaluate the best nodes it has not seen, in one
+pass; give existing children its own probabilities and add its best new ones. A guess of the
+stage below that the draft confirms is a draft pass saved (staging: Spector and Ré 2023, §3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssd_jax import tree as trees
+from ssd_jax.kv_cache import KVCache, keep
+from ssd_jax.ngram import NGramTables
+from ssd_jax.plan import Capacities, Policy
+from ssd_jax.sampling import Sampling, scores
+from ssd_jax.tree import TokenTree, at
+
+# Mean of the standard Gumbel distribution: stands for the unknown noise of the tokens that
+# the n-gram stage does not list.
+_EULER = 0.5772157
+
+
+# Every index below is in range by construction; the default mode pays for a check.
+_take = partial(jnp.take_along_axis, mode="promise_in_bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What every stage may look at during one round (closed over, not carried).
+
+    Attributes:
+      models: the oracle, then the drafts.
+      tables: the n-gram stage's trigram, or ``None``.
+      text: ``[B, S']`` int32 buffer of committed tokens.
+      length: ``[B]`` int32, how many.
+      limit: ``[B]`` int32, the length at which a row ends.
+      active: ``[B]`` bool.
+      eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
+      noise: ``[B, D + 1, V]`` float32; entry d decides the children of nodes of depth d.
+    """
+
+    models: tuple[Any, ...]
+    tables: NGramTables | None
+    text: jax.Array
+    length: jax.Array
+    limit: jax.Array
+    active: jax.Array
+    eos: jax.Array
+    noise: jax.Array
+    sampling: Sampling
+    policy: Policy
+    capacities: Capacities
+
+    def growable(self, tree: TokenTree) -> jax.Array:
+        """``[B, N]`` bool: nodes that may have children. Closed under ancestors."""
+        ended = (tree.depth > 0) & jnp.any(tree.token[:, :, None] == self.eos[:, None, :], axis=-1)
+        deepest = jnp.minimum(self.policy.depth, self.capacities.depth)
+        room = self.position(tree) + 1 < self.limit[:, None]
+        return tree.valid & ~ended & (tree.depth < deepest) & room & self.active[:, None]
+
+    def position(self, tree: TokenTree) -> jax.Array:
+        """``[B, N]`` int32 absolute position of each node."""
+        return self.length[:, None] - 1 + tree.depth
+
+    def tau(self, stage: int) -> jax.Array:
+        """``[B]`` float32 calibration of a proposing stage."""
+        greedy, sampled = self.policy.tau[stage - 1, 0], self.policy.tau[stage - 1, 1]
+        return jnp.where(self.sampling.temperature > 0, sampled, greedy)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One model's side of the tree during a round.
+
+    Attributes:
+      cache: its KV cache.
+      slot: ``[B, N]`` int32, the cache slot of each node it has evaluated, else -1.
+      owner: ``[B, R]`` int32, the node held by each scratch slot, else -1.
+      passes: int32, passes made in this round.
+    """
+
+    cache: KVCache
+    slot: jax.Array
+    owner: jax.Array
+    passes: jax.Array
+
+
+def catch_up(
+    rnd: Round, model: int, cache: KVCache, backlog: int
+) -> tuple[KVCache, jax.Array]:
+    """Evaluate committed tokens in chunks until at most ``backlog`` are missing.
+
+    This is the prefill, and what brings back a draft that was switched off. A model whose
+    positions run out stays behind.
+
+    Returns:
+      The cache, and int32, the number of passes made.
+    """
+    network, chunk = rnd.models[model], rnd.capacities.chunk
+    goal = jnp.minimum(rnd.length - 1, network.config.n_positions)
+    behind = rnd.active & (rnd.length - cache.length > backlog) & (cache.length < goal)
+    goal = jnp.where(behind, goal, cache.length)
+    slots = jnp.arange(rnd.capacities.slots(model))
+
+    def step(carry):
+        cache, passes = carry
+        position = cache.length[:, None] + jnp.arange(chunk)
+        token = at(rnd.text, position)
+        _, written = network(
+            token,
+            jnp.minimum(position, network.config.n_positions - 1),
+            mask=slots <= position[:, :, None],
+            cache=cache,
+            offset=cache.length,
+        )
+        length = jnp.minimum(cache.length + chunk, goal)
+        return dataclasses.replace(written, length=length), passes + 1
+
+    return lax.while_loop(
+        lambda carry: jnp.any(carry[0].length < goal), step, (cache, jnp.int32(0))
+    )
+
+
+def begin(rnd: Round, model: int, cache: KVCache, tree: TokenTree) -> Side:
+    """A model's side of a freshly planted tree: it has seen the trunk up to its length."""
+    position = rnd.position(tree)
+    seen = tree.valid & (position < cache.length[:, None])
+    scratch = rnd.capacities.scratch(model)
+    return Side(
+        cache=cache,
+        slot=jnp.where(seen, position, -1),
+        owner=jnp.full((position.shape[0], scratch), -1, jnp.int32),
+        passes=jnp.int32(0),
+    )
+
+
+def evaluate(
+    rnd: Round, model: int, side: Side, tree: TokenTree, nodes: jax.Array, found: jax.Array
+) -> tuple[jax.Array, Side]:
+    """One forward pass over some nodes, each attending to the text and its own ancestors.
+
+    Args:
+      rnd: the round.
+      model: index of the model.
+      side: the model's side.
+      tree: the tree.
+      nodes: ``[B, W]`` int32, ancestors already evaluated or among them.
+      found: ``[B, W]`` bool, which entries are real.
+
+    Returns:
+      Logits ``[B, W, V]`` float32 and the model's new side.
+    """
+    width = nodes.shape[1]
+    text = rnd.capacities.text
+    first = side.passes * width
+    owner = lax.dynamic_update_slice_in_dim(side.owner, jnp.where(found, nodes, -1), first, axis=1)
+    lineage = _take(tree.ancestors, nodes[:, :, None], axis=1)
+    block = _take(lineage, jnp.clip(owner, 0)[:, None, :], axis=2) & (owner >= 0)[:, None, :]
+    committed = jnp.arange(text) < side.cache.length[:, None, None]
+    committed = jnp.broadcast_to(committed, (*nodes.shape, text))
+    network = rnd.models[model]
+    position = jnp.clip(at(rnd.position(tree), nodes), 0, network.config.n_positions - 1)
+    logits, cache = network(
+        at(tree.token, nodes),
+        position,
+        mask=jnp.concatenate([committed, block], axis=2),
+        cache=side.cache,
+        offset=text + first,
+    )
+    rows, hit = trees.row_of(nodes, found, tree.capacity)
+    slot = jnp.where(hit, text + first + rows, side.slot)
+    return logits, Side(cache, slot, owner, side.passes + 1)
+
+
+def commit(rnd: Round, side: Side, path: jax.Array, known: jax.Array, length: jax.Array) -> KVCache:
+    """Keep what a model has evaluated of the newly committed text.
+
+    Args:
+      rnd: the round.
+      side: the model's side.
+      path: ``[B, K + D]`` int32, nodes of the trunk and of the accepted path, in order.
+      known: ``[B]`` int32, how many of them are real.
+      length: ``[B]`` int32, the new length of the text; its newest token stays the next root.
+    """
+    behind = side.cache.length - (rnd.length - rnd.capacities.trunk)
+    index = behind[:, None] + jnp.arange(path.shape[1])
+    slots = at(side.slot, at(path, index))
+    have = (index >= 0) & (index < known[:, None]) & (slots >= 0)
+    count = jnp.sum(jnp.cumprod(have.astype(jnp.int32), axis=1), axis=1)
+    count = jnp.clip(count, 0, jnp.maximum(length - 1 - side.cache.length, 0))
+    return keep(side.cache, jnp.maximum(slots, 0), count)
+
+
+def grow(
+    rnd: Round, stage: int, tree: TokenTree, sides: tuple[Side, ...]
+) -> tuple[TokenTree, tuple[Side, ...]]:
+    """Let a stage, with all the stages below it, grow the tree.
+
+    Args:
+      rnd: the round.
+      stage: 1 for the first draft, and so on.
+      tree: the tree.
+      sides: the drafts' sides, first draft first.
+    """
+    if stage == len(rnd.models):
+        return (tree if rnd.capacities.ngram is None else _grow_ngram(rnd, tree)), sides
+    draft = stage - 1
+    threshold = rnd.policy.threshold[draft]
+
+    def worthwhile(carry) -> jax.Array:
+        done, tree, sides = carry
+        best = jnp.where(_open(rnd, stage, tree, sides[draft]), trees.values(tree), -jnp.inf)
+        room = sides[draft].passes < rnd.capacities.passes[stage]
+        # An empty tree's best is minus infinity, which is no pass even at threshold 0.
+        worth = jnp.any((best >= threshold) & (best > -jnp.inf))
+        return (done < rnd.policy.rounds[draft]) & room & worth
+
+    def one_round(carry):
+        done, tree, sides = carry
+        tree, side = _draft_pass(rnd, stage, tree, sides[draft])
+        sides = (*sides[:draft], side, *sides[draft + 1 :])
+        tree, sides = grow(rnd, stage + 1, tree, sides)
+        return done + 1, tree, sides
+
+    tree, sides = grow(rnd, stage + 1, tree, sides)
+    _, tree, sides = lax.while_loop(worthwhile, one_round, (jnp.int32(0), tree, sides))
+    return tree, sides
+
+
+def _open(rnd: Round, stage: int, tree: TokenTree, side: Side) -> jax.Array:
+    """``[B, N]`` bool: nodes a draft could usefully evaluate now. Closed under ancestors."""
+    in_reach = rnd.position(tree) < rnd.models[stage].config.n_positions
+    up_to_date = side.cache.length >= rnd.length - rnd.capacities.trunk
+    return rnd.growable(tree) & (side.slot < 0) & in_reach & up_to_date[:, None]
+
+
+def _draft_pass(
+    rnd: Round, stage: int, tree: TokenTree, side: Side
+) -> tuple[TokenTree, Side]:
+    """One pass of a model draft: evaluate, re-value the children there are, add new ones."""
+    draft = stage - 1
+    width, branch = rnd.capacities.widths[stage], rnd.capacities.branches[draft]
+    nodes, found = trees.best_nodes(
+        trees.values(tree), _open(rnd, stage, tree, side), width, rnd.policy.width[stage]
+    )
+    logits, side = evaluate(rnd, stage, side, tree, nodes, found)
+    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
+    scored = scores(logits, rnd.noise, level, rnd.sampling)
+    log_prob = jax.nn.log_softmax(scored / rnd.tau(stage)[:, None, None], axis=-1)
+
+    # Nodes that a better stage has expanded were evaluated for their keys and values only.
+    ours = found & (at(tree.expanded, nodes) > stage)
+    tree = _revalue(tree, nodes, ours, log_prob)
+    best, token = lax.top_k(log_prob, min(branch, log_prob.shape[-1]))
+    allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
+    tree = _add_children(rnd, tree, nodes, token, jnp.where(allowed, best, -jnp.inf), stage)
+    return trees.mark_expanded(tree, nodes, ours, stage), side
+
+
+def _revalue(
+    tree: TokenTree, nodes: jax.Array, ours: jax.Array, log_prob: jax.Array
+) -> TokenTree:
+    """Give the existing children of ``nodes`` the probabilities ``log_prob`` ``[B, W, V]``."""
+    row, hit = trees.row_of(nodes, ours, tree.capacity)
+    batch, _, vocab = log_prob.shape
+    index = at(row, tree.parent) * vocab + tree.token
+    fresh = _take(log_prob.reshape(batch, -1), index, axis=1)
+    mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
+    # A child that this stage rules out altogether stays, at a floor: a slot is never vacated.
+    fresh = jnp.maximum(fresh, -1e4)
+    return dataclasses.replace(tree, log_prob=jnp.where(mine, fresh, tree.log_prob))
+
+
+def _add_children(
+    rnd: Round, tree: TokenTree, nodes: jax.Array, token: jax.Array, log_prob: jax.Array, stage: int
+) -> TokenTree:
+    """Insert children ``[B, W, X]`` of ``nodes`` ``[B, W]``, those above the floor."""
+    batch, _, each = token.shape
+    path = at(trees.values(tree), nodes)[:, :, None] + log_prob
+    log_prob = jnp.where(path >= rnd.policy.floor, log_prob, -jnp.inf)
+    parent = jnp.broadcast_to(nodes[:, :, None], token.shape)
+    flat = (parent.reshape(batch, -1), token.reshape(batch, -1), log_prob.reshape(batch, -1))
+    return trees.insert(tree, *flat, stage)
+
+
+def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
+    """Extend the best leaves by table look-up, several levels deep, without a model."""
+    assert rnd.capacities.ngram is not None
+    width, branch, match = rnd.capacities.ngram
+    stage = len(rnd.models)
+
+    def level(_, tree: TokenTree) -> TokenTree:
+        leaves = rnd.growable(tree) & (tree.expanded == trees.UNEXPANDED)
+        nodes, found = trees.best_nodes(
+            trees.values(tree), leaves, width, rnd.policy.ngram_width
+        )
+        recent = _recent_tokens(rnd, tree, nodes, max(match, 2))
+        token, log_prob = _propose(rnd, tree, nodes, recent, branch, match)
+        log_prob = jnp.where(found[:, :, None], log_prob, -jnp.inf)
+        tree = _add_children(rnd, tree, nodes, token, log_prob, stage)
+        return trees.mark_expanded(tree, nodes, found, stage)
+
+    return lax.fori_loop(0, rnd.policy.levels, level, tree)
+
+
+def _recent_tokens(rnd: Round, tree: TokenTree, nodes: jax.Array, count: int) -> jax.Array:
+    """``[B, W, count]`` int32: each node's token and those before it, newest first; -1 where
+    the text does not reach back so far."""
+    recent, node, depth = [], nodes, at(tree.depth, nodes)
+    for _ in range(count):
+        position = rnd.length[:, None] - 1 + depth
+        token = jnp.where(depth > 0, at(tree.token, node), at(rnd.text, position))
+        recent.append(jnp.where(position >= 0, token, -1))
+        node, depth = at(tree.parent, node), depth - 1
+    return jnp.stack(recent, axis=-1)
+
+
+def _propose(
+    rnd: Round, tree: TokenTree, nodes: jax.Array, recent: jax.Array, branch: int, match: int
+) -> tuple[jax.Array, jax.Array]:
+    """Candidates of the n-gram stage: ``[B, W, X]`` tokens and log-probabilities."""
+    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
+    tokens, log_probs = [], []
+    if match:
+        token, log_prob = _look_up_text(rnd, recent[:, :, :match])
+        tokens.append(token[:, :, None])
+        log_probs.append(_win_log_prob(rnd, level, token[:, :, None], log_prob[:, :, None]))
+    if branch:
+        assert rnd.tables is not None
+        token, log_prob = rnd.tables.look_up(recent[:, :, 1], recent[:, :, 0])
+        token, log_prob = token[:, :, :branch], log_prob[:, :, :branch]
+        log_prob = _katz_log_prob(rnd, level, token, log_prob)
+        allowed = jnp.arange(token.shape[-1]) < rnd.policy.ngram_branch
+        tokens.append(token)
+        log_probs.append(jnp.where(allowed, log_prob, -jnp.inf))
+    token, log_prob = jnp.concatenate(tokens, -1), jnp.concatenate(log_probs, -1)
+    if match and branch:
+        # Where both propose a token, the first entry (the look-up's) carries the better value;
+        # the tree refuses the second.
+        same = token == token[:, :, :1]
+        best = jnp.max(jnp.where(same, log_prob, -jnp.inf), axis=-1, keepdims=True)
+        log_prob = jnp.concatenate([best, log_prob[:, :, 1:]], axis=-1)
+    return token, log_prob
+
+
+def _noise_of(rnd: Round, level: jax.Array, token: jax.Array) -> jax.Array:
+    """``[B, W, X]`` noise of some tokens, after nodes of depth ``level`` ``[B, W]``."""
+    batch, _, vocab = rnd.noise.shape
+    index = (level[:, :, None] * vocab + token).reshape(batch, -1)
+    return _take(rnd.noise.reshape(batch, -1), index, axis=1).reshape(token.shape)
+
+
+def _katz_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
+    """Value of trigram continuations: softmax of their perturbed scores, with the mass that is
+    not listed as one more entry."""
+    listed = jnp.sum(jnp.exp(log_prob), axis=-1, keepdims=True)
+    rest = jnp.log(jnp.maximum(1.0 - listed, 1e-6))
+    temperature = rnd.sampling.temperature[:, None, None]
+    sampled = temperature > 0
+    divisor = jnp.where(sampled, temperature, 1.0)
+    perturbed = jnp.concatenate(
+        [log_prob / divisor + _noise_of(rnd, level, token), rest / divisor + _EULER], axis=-1
+    )
+    plain = jnp.concatenate([log_prob, rest], axis=-1)
+    tau = rnd.tau(len(rnd.models))[:, None, None]
+    score = jnp.where(sampled, perturbed, plain) / tau
+    return jax.nn.log_softmax(score, axis=-1)[:, :, :-1]
+
+
+def _win_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
+    """Value of a token believed to have probability ``exp(log_prob)``.
+
+    When sampling, its own noise ``g`` is known and the best of all the others is distributed
+    as ``log(1 - p) + Gumbel``, so it wins with probability ``exp(-(1 - p) / p * exp(-g))``.
+    """
+    odds = jnp.expm1(-log_prob)
+    noise = _noise_of(rnd, level, token)
+    wins = jnp.maximum(-odds * jnp.exp(-noise), -1e4)
+    wins = jnp.where(log_prob > -jnp.inf, wins, -jnp.inf)
+    return jnp.where(rnd.sampling.temperature[:, None, None] > 0, wins, log_prob)
+
+
+def _look_up_text(rnd: Round, recent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What followed the longest, latest earlier occurrence of the newest tokens in the text.
+
+    Args:
+      rnd: the round.
+      recent: ``[B, W, match]`` int32, newest first.
+
+    Returns:
+      Tokens ``[B, W]`` int32 and their log-probabilities ``[B, W]``, minus infinity where
+      nothing matches.
+    """
+    positions = jnp.arange(rnd.text.shape[1])
+    # A match may end anywhere before the newest committed token, so that its continuation
+    # is committed too.
+    running = (positions < rnd.length[:, None] - 1)[:, None, :]
+    matched = jnp.zeros((*recent.shape[:2], positions.shape[0]), jnp.int32)
+    for back in range(recent.shape[2]):
+        shifted = jnp.pad(rnd.text, ((0, 0), (back, 0)), constant_values=-2)[:, : len(positions)]
+        running = running & (shifted[:, None, :] == recent[:, :, back, None])
+        matched += running.astype(jnp.int32)
+    best = jnp.max(matched * len(positions) + positions, axis=-1)
+    length, end = best // len(positions), best % len(positions)
+    log_prob = rnd.policy.match_log_prob[jnp.clip(length - 1, 0)]
+    return at(rnd.text, end + 1), jnp.where(length > 0, log_prob, -jnp.inf)

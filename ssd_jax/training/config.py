@@ -1,0 +1,268 @@
+"""Settings of a training run: a TOML file read into frozen, checked records."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ssd_jax.errors import ConfigError
+from ssd_jax.gpt2 import GPT2Config
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+MAX_VOCAB = 1 << 16  # token files are uint16
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What text is read, and how it is split.
+
+    Attributes:
+      folders: folders of text files; a relative one is looked for beside the working directory.
+      suffixes: endings of the files read from ``folders``.
+      stdlib: read the running Python's standard library.
+      packages: installed packages to read; ``["*"]`` means every permissively licensed one.
+      package_megabytes: at most this much text of one package (a deterministic subset of files).
+      stdlib_repeats: how often a standard-library window occurs in one epoch.
+      heldout_one_in: one module in so many is held out, chosen by a stable hash.
+      heldout_modules: standard-library modules that are held out in any case.
+      benchmark: a ``.jsonl[.gz]`` with a ``prompt`` field; files that contain one of its
+        prompts are dropped. A missing file is noted in the data card.
+    """
+
+    folders: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = (".py",)
+    stdlib: bool = False
+    packages: tuple[str, ...] = ()
+    package_megabytes: float = 6.0
+    stdlib_repeats: int = 1
+    heldout_one_in: int = 40
+    heldout_modules: tuple[str, ...] = ()
+    benchmark: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Byte-level BPE: its exact vocabulary, and how much text its merges are learnt from."""
+
+    vocab_size: int = 8192
+    sample_megabytes: float = 24.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model; the vocabulary comes from the tokenizer."""
+
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_positions: int = 1024
+
+    def gpt2(self, vocab_size: int) -> GPT2Config:
+        """The full architecture. Dropout is off: a run sees each window about once."""
+        return GPT2Config(
+            vocab_size=vocab_size,
+            **dataclasses.asdict(self),
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=END_OF_TEXT_ID,
+            eos_token_id=END_OF_TEXT_ID,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation of one model.
+
+    Attributes:
+      steps: optimiser steps in all; may be changed when resuming.
+      batch: sequences a step.
+      context: tokens a sequence; at most the model's ``n_positions``.
+      long_context: tokens a sequence in the last ``long_steps`` steps, where ``batch`` shrinks
+        to keep the tokens a step. Short sequences are cheaper, long ones needed only late.
+      long_steps: how many; 0 for none.
+      learning_rate: peak of the schedule (linear warm-up, then cosine).
+      final_ratio: the schedule ends at this fraction of the peak.
+      checkpoint_every: steps between saved states.
+      data_weight: for a draft, the weight of cross-entropy to the data; the rest goes to the
+        Kullback-Leibler divergence from the oracle. 1 trains without an oracle.
+      dtype: operand type of the matrix products; parameters and optimiser stay float32.
+    """
+
+    steps: int
+    batch: int
+    context: int
+    learning_rate: float
+    long_context: int = 0
+    long_steps: int = 0
+    warmup: int = 100
+    final_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    clip: float = 1.0
+    checkpoint_every: int = 100
+    log_every: int = 10
+    evaluate_every: int = 250
+    evaluate_batches: int = 8
+    data_weight: float = 1.0
+    dtype: str = "bfloat16"
+
+    def shape(self, step: int) -> tuple[int, int]:
+        """Batch and context of a step."""
+        if step < self.steps - self.long_steps:
+            return self.batch, self.context
+        return max(1, self.batch * self.context // self.long_context), self.long_context
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Corpus drawn from the draft: ``shards`` files of ``batch`` documents of ``length`` tokens."""
+
+    temperature: float = 1.5
+    shards: int = 100
+    batch: int = 64
+    length: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramConfig:
+    """The Katz trigram.
+
+    Attributes:
+      corpus: what is counted: ``"sample"`` (the draft's samples, as in the paper) or ``"train"``.
+      min_trigram_count: a trigram counted fewer times is dropped; 1 keeps all.
+    """
+
+    corpus: str = "sample"
+    min_trigram_count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    Raises:
+      ConfigError: a value is impossible, or the parts do not fit one another.
+    """
+
+    oracle: ModelConfig
+    draft: ModelConfig
+    train_oracle: TrainConfig
+    train_draft: TrainConfig
+    name: str = "trio"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    sample: SampleConfig = SampleConfig()
+    ngram: NgramConfig = NgramConfig()
+
+    def __post_init__(self):
+        if not 257 <= self.tokenizer.vocab_size <= MAX_VOCAB:
+            raise ConfigError(
+                f"tokenizer.vocab_size must lie in 257..{MAX_VOCAB} (256 bytes, {END_OF_TEXT} "
+                f"and merges; stored as uint16), not {self.tokenizer.vocab_size}"
+            )
+        for name in ("oracle", "draft"):
+            model, train = getattr(self, name), getattr(self, f"train_{name}")
+            model.gpt2(self.tokenizer.vocab_size)
+            _check_train(f"train_{name}", train, model.n_positions)
+        if self.sample.length > self.draft.n_positions:
+            raise ConfigError(
+                f"sample.length={self.sample.length} is longer than the draft's "
+                f"n_positions={self.draft.n_positions}; shorten it"
+            )
+        if self.sample.temperature <= 0:
+            raise ConfigError("sample.temperature must be positive: the corpus is drawn at random")
+        if self.ngram.corpus not in ("sample", "train"):
+            raise ConfigError(f"ngram.corpus must be sample or train, not {self.ngram.corpus!r}")
+        if self.data.heldout_one_in < 2:
+            raise ConfigError("data.heldout_one_in must be at least 2, or nothing is left to train")
+
+
+def _check_train(name: str, train: TrainConfig, positions: int) -> None:
+    for field in ("steps", "batch", "context", "checkpoint_every", "log_every", "evaluate_every"):
+        if getattr(train, field) < 1:
+            raise ConfigError(f"{name}.{field} must be at least 1, not {getattr(train, field)}")
+    if max(train.context, train.long_context) > positions:
+        raise ConfigError(
+            f"{name}: a context of {max(train.context, train.long_context)} is longer than "
+            f"n_positions={positions}; shorten it or give the model more positions"
+        )
+    if train.long_steps and train.long_context < train.context:
+        raise ConfigError(f"{name}.long_context must be at least context={train.context}")
+    if train.learning_rate <= 0 or not 0 <= train.data_weight <= 1:
+        raise ConfigError(f"{name}: learning_rate must be positive and data_weight lie in [0, 1]")
+    if train.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"{name}.dtype must be float32 or bfloat16, not {train.dtype!r}")
+
+
+def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file and apply ``section.key=value`` overrides (values in TOML syntax).
+
+    Raises:
+      ConfigError: the file is missing or not TOML, a key is unknown, or a value has the wrong
+        type or is impossible.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    return _record(Config, table, "")
+
+
+def _override(table: dict, text: str) -> None:
+    key, equals, value = text.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not name:
+        raise ConfigError(f"an override reads section.key=value, not {text!r}")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {text!r}: {section} is not a section")
+    try:
+        table[name] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[name] = value  # a bare word is a string
+
+
+def _record(kind: type, table: dict, prefix: str) -> Any:
+    """Build the dataclass ``kind`` from a TOML table, refusing unknown keys and wrong types."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(table) - set(hints))
+    if unknown:
+        raise ConfigError(f"unknown setting {prefix}{unknown[0]}; known: {', '.join(hints)}")
+    values = {name: _value(hints[name], v, prefix + name) for name, v in table.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"the setting {prefix}{missing[0]} is missing; add it to the config")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} is a section: write [{name}] and its settings")
+        return _record(typing.cast(type, hint), value, name + ".")
+    if hint == tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ConfigError(f"{name} must be a list of strings, not {value!r}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} must be of type {hint.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,323 @@
+"""The training loop, for an oracle and for a draft that learns from one.
+
+The state of a run is a function of ``(config, seed, step)``: batches are drawn by step, orbax
+writes a checkpoint to a temporary folder and renames it, and the log is cut back to the
+restored step. A run that was killed therefore continues with the losses of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from ssd_jax.checkpoint import atomic_path
+from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
+from ssd_jax.gpt2 import GPT2, GPT2Config
+from ssd_jax.training.config import TrainConfig
+from ssd_jax.training.corpus import SPLITS
+from ssd_jax.training.tokens import Batches, TokenFile
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a checkpoint holds: parameters and optimiser moments (float32), steps taken."""
+
+    params: Any
+    moments: Any
+    step: jax.Array
+
+
+def optimizer(settings: TrainConfig, params: Any) -> optax.GradientTransformation:
+    """AdamW with global-norm clipping, linear warm-up and cosine decay.
+
+    Weight decay acts on matrices only: shrinking layer-norm scales and biases towards zero has
+    no regularising meaning.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=min(settings.warmup, settings.steps - 1),
+        decay_steps=settings.steps,
+        end_value=settings.learning_rate * settings.final_ratio,
+    )
+    adamw = optax.adamw(
+        schedule,
+        b2=settings.beta2,
+        weight_decay=settings.weight_decay,
+        mask=jax.tree.map(lambda p: p.ndim >= 2, params),
+    )
+    return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood in nats; ``[B, T, V]`` float32 and ``[B, T]`` int32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def kl_divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """Mean ``KL(teacher || student)`` in nats between two ``[B, T, V]`` float32 logits.
+
+    The direction makes the student cover what the teacher may say, which is what a draft is
+    for (Hinton et al., 2015).
+    """
+    log_p = jax.nn.log_softmax(teacher)
+    log_q = jax.nn.log_softmax(student)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean()
+
+
+def _losses(model: GPT2, teacher: GPT2 | None, weight: float, tokens, positions):
+    logits, _ = model(tokens[:, :-1], positions)
+    metrics = {"cross_entropy": cross_entropy(logits, tokens[:, 1:])}
+    if teacher is None:
+        return metrics["cross_entropy"], metrics
+    wanted, _ = teacher(tokens[:, :-1], positions)
+    metrics["kl"] = kl_divergence(jax.lax.stop_gradient(wanted), logits)
+    return weight * metrics["cross_entropy"] + (1 - weight) * metrics["kl"], metrics
+
+
+class Trainer:
+    """Compiled step and evaluation of one model.
+
+    Args:
+      config: the architecture.
+      settings: optimisation settings.
+      teacher: the oracle whose distribution is learnt, or ``None``.
+      seed: draws the initial parameters.
+
+    Raises:
+      ConfigError: the context exceeds the model's positions.
+      VocabularyMismatchError: the teacher has another vocabulary.
+    """
+
+    def __init__(
+        self, config: GPT2Config, settings: TrainConfig, *, teacher: GPT2 | None, seed: int
+    ):
+        longest = max(settings.context, settings.long_context)
+        if longest > config.n_positions:
+            raise ConfigError(
+                f"a context of {longest} is longer than n_positions={config.n_positions}; "
+                "shorten it"
+            )
+        if teacher is not None and teacher.config.vocab_size != config.vocab_size:
+            raise VocabularyMismatchError(
+                f"the oracle's vocabulary has {teacher.config.vocab_size} tokens, the draft's "
+                f"{config.vocab_size}; train both with one tokenizer"
+            )
+        self.config, self.settings, self.seed = config, settings, seed
+        self.graph, self._abstract = nnx.split(nnx.eval_shape(self._model))
+        self._optimizer = optimizer(settings, self._abstract)
+        weight = settings.data_weight if teacher is not None else 1.0
+        self._losses = functools.partial(_losses, weight=weight)
+        # A traced argument rather than a captured constant: XLA would otherwise fold a copy of
+        # the oracle's weights into the program.
+        self._teacher = teacher
+        self._step = jax.jit(self._update, donate_argnums=0)
+        self._evaluate = jax.jit(self._metrics)
+
+    def _model(self) -> GPT2:
+        return GPT2(self.config, dtype=self.settings.dtype, rngs=nnx.Rngs(self.seed))
+
+    def model(self, state: TrainState) -> GPT2:
+        """The model with a state's parameters."""
+        return nnx.merge(self.graph, state.params)
+
+    def abstract(self) -> TrainState:
+        """Shapes and dtypes of a state."""
+        return jax.eval_shape(self.initial)
+
+    def initial(self) -> TrainState:
+        """The state before the first step."""
+        params = nnx.state(self._model())
+        return TrainState(params, self._optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def _metrics(self, params, teacher, tokens, positions):
+        model = nnx.merge(self.graph, params)
+        return self._losses(model, teacher, tokens=tokens, positions=positions)
+
+    def _update(self, state: TrainState, teacher, tokens, positions):
+        gradient = jax.value_and_grad(self._metrics, has_aux=True)
+        (loss, metrics), grads = gradient(state.params, teacher, tokens, positions)
+        updates, moments = self._optimizer.update(grads, state.moments, state.params)
+        metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, moments, state.step + 1), metrics
+
+    def step(self, state: TrainState, tokens, positions) -> tuple[TrainState, dict]:
+        """One optimiser step on tokens ``[B, T + 1]`` at positions ``[B, T]``, both int32."""
+        return self._step(state, self._teacher, tokens, positions)
+
+    def evaluate(self, state: TrainState, tokens: TokenFile) -> dict[str, float]:
+        """Mean losses over the first held-out windows, from position 0 on."""
+        context, batch = self.settings.context, self.settings.batch
+        starts = tokens.windows(context)[: self.settings.evaluate_batches * batch]
+        positions = np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context))
+        rows = [
+            self._evaluate(state.params, self._teacher, tokens.read(chunk, context), positions)[1]
+            for chunk in _full_chunks(starts, batch)
+        ]
+        return {f"heldout_{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
+
+
+def _full_chunks(starts: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Chunks of exactly ``batch`` windows (one compiled shape); a short corpus repeats some."""
+    whole = max(len(starts) // batch, 1) * batch
+    return np.split(np.resize(starts, whole), whole // batch)
+
+
+# --- The run -----------------------------------------------------------------------------
+
+
+def train(
+    trainer: Trainer,
+    text: Path,
+    folder: Path,
+    *,
+    stop_at: int | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainState:
+    """Train, or resume, until ``settings.steps``; checkpoints and log go to ``folder``.
+
+    Args:
+      trainer: the model and its optimisation.
+      text: folder of the encoded splits.
+      folder: receives ``checkpoints/``, ``log.jsonl`` and ``loss.png``.
+      stop_at: leave after this step, as if killed (for tests).
+      say: receives progress, one line at a time.
+
+    Raises:
+      DataError: a split is missing or too short.
+      CheckpointError: the saved state belongs to another architecture.
+    """
+    settings = trainer.settings
+    data, heldout = (TokenFile(text, split) for split in SPLITS)
+    batches = Batches(data, settings, trainer.config.n_positions, trainer.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _manager(folder, settings.checkpoint_every) as manager:
+        state = _resume(manager, trainer)
+        log = Log(folder / "log.jsonl", int(state.step), settings, say)
+        for step in range(int(state.step), settings.steps):
+            if step == stop_at:
+                return state
+            rows, positions = batches(step)
+            state, metrics = trainer.step(state, rows, positions)
+            metrics["tokens"] = positions.size
+            done = step + 1
+            evaluated = (
+                trainer.evaluate(state, heldout)
+                if done % settings.evaluate_every == 0 or done == settings.steps
+                else {}
+            )
+            log.add(done, metrics, evaluated)
+            manager.save(done, args=ocp.args.StandardSave(state), force=done == settings.steps)
+    plot(folder / "log.jsonl", folder / "loss.png")
+    return state
+
+
+def _manager(folder: Path, every: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, save_interval_steps=every, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+
+
+def _resume(manager: ocp.CheckpointManager, trainer: Trainer) -> TrainState:
+    latest = manager.latest_step()
+    if latest is None:
+        return trainer.initial()
+    try:
+        return manager.restore(latest, args=ocp.args.StandardRestore(trainer.abstract()))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"the checkpoint in {manager.directory} does not fit this model ({reason}); "
+            "restore the config, or remove the folder to start over"
+        ) from error
+
+
+def restore(trainer: Trainer, folder: Path) -> TrainState:
+    """The last saved state of a run.
+
+    Raises:
+      CheckpointError: there is none, or it belongs to another architecture.
+    """
+    if not (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"no checkpoint in {folder}; train this model first")
+    with _manager(folder, 1) as manager:
+        return _resume(manager, trainer)
+
+
+class Log:
+    """JSON lines (one a step) and progress lines (one every ``log_every`` steps)."""
+
+    def __init__(self, path: Path, step: int, settings: TrainConfig, say: Callable[[str], None]):
+        self._path, self._settings, self._say = path, settings, say
+        kept = [row for row in read_log(path) if row["step"] <= step] if path.exists() else []
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._mark, self._tokens = (step, time.perf_counter()), 0
+        if step:
+            say(f"resuming at step {step} of {settings.steps}")
+
+    def add(self, step: int, metrics: dict, evaluated: dict[str, float]) -> None:
+        row = {"step": step} | {k: float(v) for k, v in metrics.items()} | evaluated
+        self._tokens += int(row["tokens"])
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if step % self._settings.log_every == 0 or evaluated:
+            self._progress(row)
+
+    def _progress(self, row: dict) -> None:
+        (last, then), now = self._mark, time.perf_counter()
+        seconds = (now - then) / max(row["step"] - last, 1)
+        rate = self._tokens / max(now - then, 1e-9)
+        self._mark, self._tokens = (row["step"], now), 0
+        left = (self._settings.steps - row["step"]) * seconds / 60
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "tokens"))
+        self._say(
+            f"step {row['step']}/{self._settings.steps}: {losses}; "
+            f"{rate:.0f} tokens/s, {left:.1f} min left"
+        )
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a JSON-lines log; a last line cut short by a kill is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot(log: Path, image: Path) -> None:
+    """Draw the loss curves; without matplotlib, which is optional, draw nothing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = read_log(log)
+    axes = (figure := Figure(figsize=(7, 4))).subplots()
+    for name in ("cross_entropy", "kl", "heldout_cross_entropy", "heldout_kl"):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            marker = "o" if name.startswith("heldout") else ""
+            axes.plot(*zip(*points, strict=True), marker=marker, label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    figure.tight_layout()
+    with atomic_path(image) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

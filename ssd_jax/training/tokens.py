@@ -1,0 +1,187 @@
+"""Token files: the tokenizer, the encoded splits, and training batches read from them.
+
+A split is two NumPy files in the work folder: ``<split>.tokens.npy``, uint16 ``[tokens]``, every
+document closed by ``<|endoftext|>``; and ``<split>.documents.npy``, int64 ``[documents, 2]``,
+each document's first token and how often its text occurs in one epoch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from ssd_jax.checkpoint import atomic_path
+from ssd_jax.errors import DataError
+from ssd_jax.tokenizer import Tokenizer
+from ssd_jax.training.config import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    TokenizerConfig,
+    TrainConfig,
+)
+from ssd_jax.training.corpus import Document
+
+# What a merge never crosses. Unlike in GPT-2's pattern, a newline keeps all of the following
+# line's indentation (one token for most line starts), and underscores and one leading mark
+# belong to the name (``.append``, ``__init__``).
+_PIECES = (
+    r"\n+[ \t]*|[^\s\p{L}\p{N}_]?[\p{L}_]+| [\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Byte-level BPE with ``<|endoftext|>`` as token 0; every text round-trips exactly.
+
+    Raises:
+      DataError: the text is too small for that many merges.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() != config.vocab_size:
+        raise DataError(
+            f"the text yields only {backend.get_vocab_size()} tokens; "
+            f"lower tokenizer.vocab_size={config.vocab_size} or add text"
+        )
+    return Tokenizer(backend)
+
+
+def token_bytes(file: Path) -> np.ndarray:
+    """``[V]`` int64, UTF-8 bytes each token of a ``tokenizer.json`` stands for.
+
+    ``<|endoftext|>`` stands for none.
+    """
+    vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+    sizes = np.zeros(len(vocabulary), np.int64)
+    for token, index in vocabulary.items():
+        sizes[index] = len(token)  # the byte-level alphabet spells each byte as one character
+    sizes[END_OF_TEXT_ID] = 0
+    return sizes
+
+
+def write_split(
+    folder: Path, split: str, documents: Sequence[Document], tokenizer: Tokenizer
+) -> int:
+    """Encode one split; returns its number of tokens, separators included."""
+    encoded = [
+        np.array([*tokenizer.encode(document.text), END_OF_TEXT_ID], np.uint16)
+        for document in documents
+    ]
+    starts = np.cumsum([0] + [len(ids) for ids in encoded])[:-1]
+    repeats = [document.repeats for document in documents]
+    tokens = np.concatenate(encoded)
+    save_array(folder / f"{split}.documents.npy", np.stack([starts, repeats], axis=1))
+    save_array(folder / f"{split}.tokens.npy", tokens)
+    return len(tokens)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write ``.npy`` so that ``path`` never holds half a file."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write JSON so that ``path`` never holds half of it."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+class TokenFile:
+    """One encoded split, memory-mapped.
+
+    Raises:
+      DataError: the files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        try:
+            self.tokens = np.load(folder / f"{split}.tokens.npy", mmap_mode="r")
+            self.documents = np.load(folder / f"{split}.documents.npy")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"no encoded {split} text in {folder} ({error}); run the tokenizer step first"
+            ) from error
+
+    def windows(self, context: int) -> np.ndarray:
+        """First tokens, int64, of back-to-back windows of ``context + 1`` tokens.
+
+        A window of a document that repeats in an epoch occurs as often.
+
+        Raises:
+          DataError: the split is shorter than one window.
+        """
+        starts = np.arange(0, len(self.tokens) - context, context)
+        if not len(starts):
+            raise DataError(
+                f"{len(self.tokens)} tokens do not fill one window of context={context}; "
+                "add text or shorten the context"
+            )
+        document = np.searchsorted(self.documents[:, 0], starts, side="right") - 1
+        return np.repeat(starts, self.documents[document, 1])
+
+    def read(self, starts: np.ndarray, context: int) -> np.ndarray:
+        """``[B, context + 1]`` int32 tokens from ``starts`` ``[B]`` on."""
+        rows = [self.tokens[start : start + context + 1] for start in starts]
+        return np.stack(rows).astype(np.int32)
+
+    def texts(self) -> Iterator[np.ndarray]:
+        """The documents one by one, uint16, each with its closing ``<|endoftext|>``."""
+        yield from np.split(self.tokens, self.documents[1:, 0])
+
+
+class Batches:
+    """Training batches as a pure function of ``(seed, step)``.
+
+    Windows are visited in a new random order every epoch, the whole grid shifted by a random
+    amount below one window, so that a later epoch cuts the text elsewhere.
+    """
+
+    def __init__(self, tokens: TokenFile, settings: TrainConfig, positions: int, seed: int):
+        self._tokens, self._settings = tokens, settings
+        self._positions, self._seed = positions, seed
+        self._starts: dict[int, np.ndarray] = {}
+        self._epoch = (-1, -1)
+
+    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens ``[B, T + 1]`` and position ids ``[B, T]``, int32.
+
+        Half of the rows start at position 0, the others anywhere that fits: a context shorter
+        than ``n_positions`` then still trains every position's embedding.
+        """
+        batch, context = self._settings.shape(step)
+        starts = np.array([self._start(step * batch + row, context) for row in range(batch)])
+        random = np.random.default_rng((self._seed, 1, step))
+        offset = random.integers(0, self._positions - context + 1, batch)
+        offset = np.where(random.random(batch) < 0.5, 0, offset)
+        positions = offset[:, None] + np.arange(context)
+        return self._tokens.read(starts, context), positions.astype(np.int32)
+
+    def _start(self, index: int, context: int) -> int:
+        if context not in self._starts:
+            self._starts[context] = self._tokens.windows(context)
+        starts = self._starts[context]
+        epoch, place = divmod(index, len(starts))
+        if self._epoch != (context, epoch):
+            random = np.random.default_rng((self._seed, 0, epoch))
+            self._order = random.permutation(starts)
+            self._shift = int(random.integers(context)) if epoch else 0
+            self._epoch = (context, epoch)
+        last = len(self._tokens.tokens) - context - 1
+        return min(int(self._order[place]) + self._shift, last)

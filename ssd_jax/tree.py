@@ -1,0 +1,234 @@
+"""The token tree: a fixed-capacity record of arrays, rebuilt every round.
+
+Node indices only grow from parent to child. The first K nodes are the *trunk*, the newest
+committed tokens in order, right-aligned so that the root (the newest one) is always node
+``K - 1``; what the stages propose follows from node K on.
+
+    tokens     the | cat |  sat        trunk capacity K = 3, root = node 2
+    node         0    1      2
+                           / \\
+                   on (3)      , (4)   depth 1
+                   |
+                  a (5)                depth 2
+
+Invariants, each held by a test:
+  * the value of a node (log-probability of its path) never exceeds its parent's, ties go to
+    the lower index, so the best W nodes by value are closed under ancestors;
+  * no two valid nodes share both parent and token;
+  * nothing grows below an end-of-text token; a full tree refuses quietly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+NO_PARENT = -1
+UNEXPANDED = 127
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenTree:
+    """All fields have a leading ``[B, N]``.
+
+    Attributes:
+      token: int32 token ids.
+      parent: int32 node index, ``NO_PARENT`` for trunk nodes.
+      depth: int32; 0 at the root, negative in the trunk.
+      log_prob: float32 conditional log-probability given the parent; 0 in the trunk and minus
+        infinity for empty slots.
+      origin: int32 stage that proposed the node (0 is the oracle: the trunk).
+      expanded: int32 index of the best stage that gave the node its children so far,
+        ``UNEXPANDED`` if none did. Stages are numbered from the oracle, 0, downwards.
+      ancestors: ``[B, N, N]`` bool, ``ancestors[b, i, j]``: node j is i or an ancestor of i.
+      count: ``[B]`` int32, slots in use.
+    """
+
+    token: jax.Array
+    parent: jax.Array
+    depth: jax.Array
+    log_prob: jax.Array
+    origin: jax.Array
+    expanded: jax.Array
+    ancestors: jax.Array
+    count: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return self.token.shape[1]
+
+    @property
+    def valid(self) -> jax.Array:
+        """``[B, N]`` bool: slots that hold a node."""
+        return self.log_prob > -jnp.inf
+
+
+def plant(trunk: jax.Array, length: jax.Array, capacity: int) -> TokenTree:
+    """A tree that holds only its trunk.
+
+    Args:
+      trunk: ``[B, K]`` int32, the newest committed tokens, right-aligned.
+      length: ``[B]`` int32, committed tokens; the trunk's slots before the text's start are
+        empty.
+      capacity: N, at least K.
+    """
+    batch, size = trunk.shape
+    node = jnp.arange(capacity)
+    depth = jnp.broadcast_to(node - (size - 1), (batch, capacity))
+    real = (node < size) & (depth + length[:, None] > 0)
+    chain = (node[:, None] >= node[None, :]) & real[:, None, :] & real[:, :, None]
+    return TokenTree(
+        token=jnp.pad(trunk, ((0, 0), (0, capacity - size))),
+        parent=jnp.full((batch, capacity), NO_PARENT, jnp.int32),
+        depth=jnp.where(node < size, depth, 0).astype(jnp.int32),
+        log_prob=jnp.where(real, 0.0, -jnp.inf),
+        origin=jnp.zeros((batch, capacity), jnp.int32),
+        # Only the root may be given children; the rest of the trunk has its only one.
+        expanded=jnp.full((batch, capacity), UNEXPANDED, jnp.int32).at[:, : size - 1].set(-1),
+        ancestors=chain,
+        count=jnp.full((batch,), size, jnp.int32),
+    )
+
+
+def at(field: jax.Array, nodes: jax.Array) -> jax.Array:
+    """``field[b, nodes[b, ...]]`` for a ``[B, N]`` field; out-of-range nodes are clipped."""
+    batch = field.shape[0]
+    flat = jnp.clip(nodes, 0, field.shape[1] - 1).reshape(batch, -1)
+    return jnp.take_along_axis(field, flat, axis=1, mode="promise_in_bounds").reshape(nodes.shape)
+
+
+def values(tree: TokenTree) -> jax.Array:
+    """``[B, N]`` float32: each node's path log-probability, minus infinity for empty slots.
+
+    Taking the minimum along the path makes the order exact: a child's sum may round above its
+    parent's when the two reductions associate differently.
+    """
+    terms = jnp.where(tree.ancestors, tree.log_prob[:, None, :], 0.0)
+    sums = jnp.where(tree.valid, jnp.sum(terms, axis=-1), -jnp.inf)
+    lowest = jnp.min(jnp.where(tree.ancestors, sums[:, None, :], jnp.inf), axis=-1)
+    return jnp.where(tree.valid, lowest, -jnp.inf)
+
+
+def best_nodes(
+    value: jax.Array, eligible: jax.Array, width: int, limit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The ``width`` best eligible nodes, best first, ties to the lower index.
+
+    By counting, for each node, how many come before it: one N x N comparison instead of a
+    sort, and the tie rule is explicit.
+
+    Args:
+      value: ``[B, N]`` float32.
+      eligible: ``[B, N]`` bool.
+      width: W, static.
+      limit: int32, take no more than this many.
+
+    Returns:
+      Nodes ``[B, W]`` int32 and ``[B, W]`` bool, which of them are real (a prefix).
+    """
+    node = jnp.arange(value.shape[1])
+    ahead = (value[:, None, :] > value[:, :, None]) | (
+        (value[:, None, :] == value[:, :, None]) & (node[None, :] < node[:, None])
+    )
+    rank = jnp.sum(ahead & eligible[:, None, :], axis=-1)
+    hit = eligible[:, None, :] & (rank[:, None, :] == jnp.arange(width)[:, None])
+    nodes = jnp.sum(jnp.where(hit, node, 0), axis=-1)
+    found = jnp.any(hit, axis=-1) & (jnp.arange(width) < limit)
+    return nodes.astype(jnp.int32), found
+
+
+def row_of(nodes: jax.Array, found: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Inverse of a selection: for each node its row in ``nodes``, and whether it has one.
+
+    Returns:
+      ``[B, N]`` int32 (0 where absent) and ``[B, N]`` bool.
+    """
+    hit = found[:, None, :] & (nodes[:, None, :] == jnp.arange(capacity)[:, None])
+    rows = jnp.sum(jnp.where(hit, jnp.arange(nodes.shape[1]), 0), axis=-1)
+    return rows.astype(jnp.int32), jnp.any(hit, axis=-1)
+
+
+def insert(
+    tree: TokenTree, parent: jax.Array, token: jax.Array, log_prob: jax.Array, stage: int
+) -> TokenTree:
+    """Add children. Duplicates, minus-infinite ones and those that no longer fit are refused.
+
+    Args:
+      tree: the tree so far.
+      parent: ``[B, C]`` int32 node index.
+      token: ``[B, C]`` int32.
+      log_prob: ``[B, C]`` float32 conditional log-probability; minus infinity: no candidate.
+      stage: index of the proposing stage.
+    """
+    count = parent.shape[1]
+    wanted = log_prob > -jnp.inf
+    known = (
+        (tree.parent[:, None, :] == parent[:, :, None])
+        & (tree.token[:, None, :] == token[:, :, None])
+        & tree.valid[:, None, :]
+    )
+    twin = (parent[:, None, :] == parent[:, :, None]) & (token[:, None, :] == token[:, :, None])
+    earlier = jnp.tri(count, k=-1, dtype=bool) & wanted[:, None, :]
+    fresh = wanted & ~jnp.any(known, axis=-1) & ~jnp.any(twin & earlier, axis=-1)
+
+    slot = tree.count[:, None] + jnp.cumsum(fresh, axis=1) - 1
+    node = jnp.arange(tree.capacity)
+    lands = (fresh & (slot < tree.capacity))[:, None, :] & (slot[:, None, :] == node[:, None])
+    new = jnp.any(lands, axis=-1)
+    source = jnp.sum(jnp.where(lands, jnp.arange(count), 0), axis=-1)
+
+    def put(field: jax.Array, candidate: jax.Array) -> jax.Array:
+        return jnp.where(new, at(candidate, source), field)
+
+    parents = put(tree.parent, parent)
+    above = jnp.clip(parents, 0)[:, :, None]
+    lineage = jnp.take_along_axis(tree.ancestors, above, axis=1, mode="promise_in_bounds")
+    lineage |= jnp.eye(tree.capacity, dtype=bool)
+    return TokenTree(
+        token=put(tree.token, token),
+        parent=parents,
+        depth=jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
+        log_prob=put(tree.log_prob, log_prob),
+        origin=jnp.where(new, stage, tree.origin),
+        expanded=tree.expanded,
+        ancestors=jnp.where(new[:, :, None], lineage, tree.ancestors),
+        count=tree.count + jnp.sum(new, axis=1).astype(jnp.int32),
+    )
+
+
+def mark_expanded(tree: TokenTree, nodes: jax.Array, found: jax.Array, stage: int) -> TokenTree:
+    """Record that ``stage`` gave these nodes their children."""
+    _, hit = row_of(nodes, found, tree.capacity)
+    expanded = jnp.where(hit, jnp.minimum(tree.expanded, stage), tree.expanded)
+    return dataclasses.replace(tree, expanded=expanded)
+
+
+def accepted_path(
+    tree: TokenTree, evaluated: jax.Array, chosen: jax.Array, root: int, depth: int
+) -> tuple[jax.Array, jax.Array]:
+    """The path along which every node is what the oracle chose at its parent.
+
+    Args:
+      tree: the tree.
+      evaluated: ``[B, N]`` bool, nodes the oracle has passed over.
+      chosen: ``[B, N]`` int32, the oracle's token after each evaluated node.
+      root: index of the root node.
+      depth: D, the deepest level looked at.
+
+    Returns:
+      Path ``[B, D + 1]`` int32 node indices, root first (entries past the end are the root),
+      and ``[B]`` int32, how many nodes below the root are on it.
+    """
+    agrees = evaluated & at(evaluated, tree.parent) & (tree.token == at(chosen, tree.parent))
+    broken = tree.ancestors & ~(agrees | (tree.depth <= 0))[:, None, :]
+    accepted = tree.valid & (tree.depth > 0) & ~jnp.any(broken, axis=-1)
+    node = jnp.arange(tree.capacity)
+    level = jnp.arange(1, depth + 1)
+    hit = accepted[:, None, :] & (tree.depth[:, None, :] == level[:, None])
+    below = jnp.where(jnp.any(hit, axis=-1), jnp.sum(jnp.where(hit, node, 0), axis=-1), root)
+    first = jnp.full((tree.token.shape[0], 1), root)
+    path = jnp.concatenate([first, below], axis=1).astype(jnp.int32)
+    return path, jnp.sum(accepted, axis=1).astype(jnp.int32)

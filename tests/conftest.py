@@ -1,0 +1,11 @@
+"""Settings every test runs under: the CPU unless told otherwise, and strict promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is first imported
+
+import jax  # noqa: E402
+
+# Mixing bfloat16 and float32 by accident is an error. Rank promotion stays allowed: adding a
+# bias [E] to [B, T, E] is the idiom of every linear layer.
+jax.config.update("jax_numpy_dtype_promotion", "strict")

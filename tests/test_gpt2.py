@@ -1,0 +1,289 @@
+"""The forward pass against transformers, and every way of running it against the plain one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from ssd_jax import checkpoint, gpt2, kv_cache
+from ssd_jax.errors import ConfigError
+from ssd_jax.gpt2 import GPT2, GPT2Config
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+MODELS = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
+TOLERANCE = 2e-4
+
+TINY = GPT2Config(
+    vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4
+)
+
+
+@jax.jit
+def forward(model, tokens, positions=None, mask=None, cache=None, offset=0):
+    return model(tokens, positions, mask=mask, cache=cache, offset=offset)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> GPT2:
+    return GPT2(TINY, rngs=nnx.Rngs(0))
+
+
+def random_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, TINY.vocab_size, (batch, length), np.int32)
+
+
+# ------------------------------------------------------------------ parity with transformers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_with_golden(name):
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    logits, cache = checkpoint.load_model(GOLDEN / name)(expected["tokens"])
+    assert cache is None and logits.dtype == jnp.float32
+    assert expected["logits"].std() > 1000 * TOLERANCE
+    np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "wrong"),
+    [
+        ("gpt2_plain", "n_head", 4),
+        ("gpt2_plain", "activation_function", "gelu"),
+        ("gpt2_exact_gelu_inner", "activation_function", "gelu_new"),
+        ("gpt2_relu_unscaled", "scale_attn_weights", True),
+        ("gpt2_silu_by_layer", "scale_attn_by_inverse_layer_idx", False),
+        ("gpt2_tanh_epsilon", "layer_norm_epsilon", 1e-5),
+        ("gpt2_quick_gelu_upcast", "scale_attn_by_inverse_layer_idx", False),
+    ],
+)
+def test_golden_notices_a_field_that_is_ignored(name, field, wrong):
+    """The parity test would fail if the model disregarded this config field."""
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    model = checkpoint.load_model(GOLDEN / name)
+    other = gpt2.abstract(dataclasses.replace(model.config, **{field: wrong}))
+    nnx.update(other, nnx.state(model, nnx.Param))
+    assert np.abs(other(expected["tokens"])[0] - expected["logits"]).max() > 2 * TOLERANCE
+
+
+def test_golden_covers_a_separate_head():
+    assert not checkpoint.load_config(GOLDEN / "gpt2_untied").tie_word_embeddings
+    assert len(MODELS) == 7
+
+
+@pytest.mark.parametrize("name", sorted(gpt2.ACTIVATIONS))
+def test_activation_agrees_with_golden(name):
+    golden = load_file(GOLDEN / "activations.safetensors")
+    actual = gpt2.ACTIVATIONS[name](jnp.asarray(golden["inputs"]))
+    np.testing.assert_allclose(actual, golden[name], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "by_layer", "tied"), list(itertools.product([True, False], repeat=3))
+)
+def test_logits_agree_with_transformers(tmp_path, scaled, by_layer, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        **dict(vocab_size=37, n_positions=16, n_embd=12, n_layer=2, n_head=3, n_inner=20),
+        # Rates that would wreck the logits if dropout were on.
+        **dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+        **dict(scale_attn_weights=scaled, scale_attn_by_inverse_layer_idx=by_layer),
+        **dict(reorder_and_upcast_attn=by_layer, tie_word_embeddings=tied, initializer_range=0.4),
+        **dict(activation_function="gelu_new" if tied else "mish", bos_token_id=0, eos_token_id=0),
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    peer.save_pretrained(tmp_path)
+    tokens = random_tokens(2, 16)
+    with torch.no_grad():
+        expected = peer(torch.from_numpy(tokens).long()).logits.numpy()
+    assert expected.std() > 1000 * TOLERANCE
+    logits, _ = checkpoint.load_model(tmp_path)(tokens)
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+# --------------------------------------------------------------------- size, type and dropout
+
+
+def test_gpt2_large_has_the_published_number_of_parameters():
+    large = gpt2.abstract(GPT2Config(n_embd=1280, n_layer=36, n_head=20))
+    assert gpt2.parameter_count(large) == 774_030_080
+
+
+def test_bfloat16_is_close_to_float32(tiny):
+    model = gpt2.abstract(TINY, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        # Matrices and tables are stored in bfloat16; biases and layer norms are not.
+        assert leaf.dtype == (jnp.bfloat16 if leaf.ndim == 2 else jnp.float32)
+    layout, weights = nnx.state(model), nnx.state(tiny)
+    nnx.update(model, jax.tree.map(lambda leaf, x: x.astype(leaf.dtype), layout, weights))
+    tokens = random_tokens(2, 24)
+    exact, (rounded, _) = np.asarray(forward(tiny, tokens)[0]), forward(model, tokens)
+    error = np.abs(exact - rounded)
+    assert rounded.dtype == jnp.float32
+    assert error.max() > 0 and error.mean() < 0.03 * exact.std()
+    assert model.init_cache(1, 4).keys[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("rate", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
+def test_dropout_acts_only_when_given_rngs(rate):
+    off = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    model = GPT2(dataclasses.replace(TINY, **(off | {rate: 0.5})), rngs=nnx.Rngs(0))
+    without = GPT2(dataclasses.replace(TINY, **off), rngs=nnx.Rngs(0))
+    tokens = random_tokens(1, 8)
+    plain = without(tokens)[0]
+    np.testing.assert_array_equal(without(tokens, rngs=nnx.Rngs(dropout=1))[0], plain)
+    np.testing.assert_array_equal(model(tokens)[0], plain)
+    dropped = [model(tokens, rngs=nnx.Rngs(dropout=seed))[0] for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert np.abs(dropped[0] - plain).max() > 0.01
+    assert np.abs(dropped[0] - dropped[2]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(n_head=3),
+        dict(n_layer=0),
+        dict(n_inner=0),
+        dict(vocab_size=True),
+        dict(activation_function="softmax"),
+        dict(attn_pdrop=1.0),
+        dict(layer_norm_epsilon=0.0),
+    ],
+)
+def test_impossible_config_is_refused_by_name(fields):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        GPT2Config(**({"n_embd": 16, "n_head": 2} | fields))
+
+
+# ------------------------------------------------------------------------ cache and tree pass
+
+
+def causal(batch: int, rows: int, slots: int, offset) -> np.ndarray:
+    """``[B, T, S]``: token ``t`` of row ``b`` sees the slots up to ``offset[b] + t``."""
+    last = np.broadcast_to(offset, (batch,))[:, None] + np.arange(rows)
+    return np.arange(slots) <= last[:, :, None]
+
+
+def test_chunks_and_single_steps_equal_one_full_pass(tiny):
+    tokens = random_tokens(2, 16)
+    full, _ = forward(tiny, tokens)
+    cache, pieces = tiny.init_cache(2, 20), []
+    for start, stop in itertools.pairwise([0, 5, 10, *range(11, 17)]):
+        rows = stop - start
+        positions = np.broadcast_to(np.arange(start, stop), (2, rows))
+        mask = causal(2, rows, 20, start)
+        logits, cache = forward(tiny, tokens[:, start:stop], positions, mask, cache, start)
+        pieces.append(logits)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), full, atol=2e-5, rtol=0)
+    np.testing.assert_array_equal(cache.length, 0)  # committing is the caller's
+
+
+def test_ragged_rows_continue_each_from_its_own_length(tiny):
+    tokens, lengths = random_tokens(3, 12), np.array([3, 7, 5])
+    full, _ = forward(tiny, tokens)
+    # The prompt is padded to one length; what lies above a row's own is overwritten later.
+    positions = np.broadcast_to(np.arange(8), (3, 8))
+    mask = causal(3, 8, 16, 0)
+    _, cache = forward(tiny, tokens[:, :8], positions, mask, tiny.init_cache(3, 16), 0)
+    following = np.take_along_axis(tokens, lengths[:, None] + np.arange(4), axis=1)
+    positions = lengths[:, None] + np.arange(4)
+    logits, _ = forward(tiny, following, positions, causal(3, 4, 16, lengths), cache, lengths)
+    for row, start in enumerate(lengths):
+        np.testing.assert_allclose(logits[row], full[row, start : start + 4], atol=2e-5, rtol=0)
+
+
+# Five nodes after a text:    0 ─┬─ 1 ─── 3
+#                                └─ 2 ─── 4
+PARENTS = [-1, 0, 0, 1, 2]
+DEPTHS = [0, 1, 1, 2, 2]
+ANCESTORS = np.array(
+    [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 0, 1, 0, 1],
+    ],
+    bool,
+)
+
+
+def tree_pass(model, text, nodes, *, gap: int):
+    """Logits of the nodes and the cache; the block lies ``gap`` slots above the text."""
+    (batch, length), slots, offset = text.shape, 32, text.shape[1] + gap
+    positions = np.broadcast_to(np.arange(length), text.shape)
+    mask = causal(batch, length, slots, 0)
+    _, cache = forward(model, text, positions, mask, model.init_cache(batch, slots), 0)
+    cache = dataclasses.replace(cache, length=jnp.full((batch,), length, jnp.int32))
+    mask = np.zeros((batch, 5, slots), bool)
+    mask[:, :, :length] = True
+    mask[:, :, offset : offset + 5] = ANCESTORS
+    positions = np.broadcast_to(length + np.array(DEPTHS), (batch, 5))
+    return forward(model, nodes, positions, mask, cache, offset)
+
+
+def test_tree_pass_equals_one_pass_per_branch(tiny):
+    text, nodes = random_tokens(2, 9), random_tokens(2, 5, seed=1)
+    logits, _ = tree_pass(tiny, text, nodes, gap=4)
+    for branch in ([0, 1, 3], [0, 2, 4]):
+        alone, _ = forward(tiny, np.concatenate([text, nodes[:, branch]], axis=1))
+        np.testing.assert_allclose(logits[:, branch], alone[:, 9:], atol=2e-5, rtol=0)
+
+
+def test_keeping_a_branch_gives_the_cache_of_a_plain_prefill(tiny):
+    text, nodes = random_tokens(2, 9), random_tokens(2, 5, seed=1)
+    _, cache = tree_pass(tiny, text, nodes, gap=4)
+    # Row 0 accepts 0-2-4, row 1 only 0-1.
+    branches, counts = [[0, 2, 4], [0, 1]], [3, 2]
+    slots = np.array([[13, 15, 17], [13, 14, 0]], np.int32)
+    kept = jax.jit(kv_cache.keep)(cache, slots, jnp.asarray(counts, jnp.int32))
+    np.testing.assert_array_equal(kept.length, [12, 11])
+    for row, branch in enumerate(branches):
+        tokens = np.concatenate([text[row], nodes[row, branch]])[None]
+        size = tokens.shape[1]
+        positions, mask = np.arange(size)[None], causal(1, size, 32, 0)
+        _, plain = forward(tiny, tokens, positions, mask, tiny.init_cache(1, 32), 0)
+        for buffer, expected in zip(
+            (*kept.keys, *kept.values), (*plain.keys, *plain.values), strict=True
+        ):
+            np.testing.assert_allclose(
+                buffer[row, :, :size], expected[0, :, :size], atol=2e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("offset", [2, [0, 3, 5]])
+def test_write_places_rows_from_each_offset(offset):
+    rng = np.random.default_rng(0)
+    buffer, rows = rng.normal(size=(3, 2, 8, 4)), rng.normal(size=(3, 2, 3, 4))
+    expected = buffer.copy()
+    for b, start in enumerate(np.broadcast_to(offset, 3)):
+        expected[b, :, start : start + 3] = rows[b]
+    written = kv_cache.write(jnp.asarray(buffer, jnp.float32), jnp.asarray(rows), jnp.array(offset))
+    np.testing.assert_array_equal(written, expected.astype(np.float32))
+
+
+def test_keep_moves_the_named_slots_of_each_row():
+    rng = np.random.default_rng(1)
+    length, count = np.array([0, 4, 2]), np.array([3, 0, 2])
+    slots = rng.integers(7, 12, (3, 3)).astype(np.int32)
+    # Per layer and kind its own numbers, so that swapped buffers would show.
+    buffers = [jnp.asarray(rng.normal(size=(3, 2, 12, 4)), jnp.float32) for _ in range(4)]
+    cache = kv_cache.KVCache(tuple(buffers[:2]), tuple(buffers[2:]), jnp.asarray(length))
+    kept = jax.jit(kv_cache.keep)(cache, slots, count)
+    np.testing.assert_array_equal(kept.length, length + count)
+    for before, after in zip(buffers, (*kept.keys, *kept.values), strict=True):
+        for b in range(3):
+            moved = np.asarray(before)[b][:, slots[b, : count[b]]]
+            expected = np.concatenate([np.asarray(before)[b][:, : length[b]], moved], axis=1)
+            np.testing.assert_array_equal(after[b, :, : length[b] + count[b]], expected)

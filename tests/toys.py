@@ -1,0 +1,55 @@
+"""Tiny models and stacks for the tests."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ssd_jax.gpt2 import GPT2, GPT2Config
+from ssd_jax.ngram import KatzModel
+from ssd_jax.stack import Stack
+
+VOCAB = 53
+
+
+def model(seed: int = 0, *, width: int = 32, layers: int = 2, std: float = 0.4, **fields) -> GPT2:
+    """A random GPT-2 whose weights are large enough for its choices to be decided."""
+    config = dict(vocab_size=VOCAB, n_positions=96, n_head=4, bos_token_id=None, eos_token_id=None)
+    config |= dict(n_embd=width, n_layer=layers, initializer_range=std) | fields
+    return GPT2(GPT2Config(**config), rngs=nnx.Rngs(seed))
+
+
+def blend(oracle: GPT2, amount: float, seed: int = 9) -> GPT2:
+    """A draft that sometimes agrees: the oracle with noise on its weights."""
+    graph, state = nnx.split(oracle)
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [
+        x + amount * jnp.std(x) * jax.random.normal(key, x.shape, x.dtype)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(structure, noisy))
+
+
+def katz(vocab: int = VOCAB, seed: int = 0) -> KatzModel:
+    """A trigram fitted to a few thousand random tokens."""
+    rng = np.random.default_rng(seed)
+    documents = [rng.zipf(1.3, 400).clip(max=vocab) - 1 for _ in range(8)]
+    return KatzModel.fit(documents, vocab)
+
+
+def stack(agreement: str = "between", drafts: int = 1, ngram: bool = True, **fields) -> Stack:
+    """A stack whose drafts ``always``, ``never`` or (``between``) sometimes agree."""
+    oracle = model(0, **fields)
+    kinds = {
+        "always": lambda i: oracle,
+        "never": lambda i: model(50 + i, **fields),
+        "between": lambda i: blend(oracle, 0.12 * (i + 1)),
+    }
+    return Stack(
+        oracle,
+        tuple(kinds[agreement](i) for i in range(drafts)),
+        katz() if ngram else None,
+    )
