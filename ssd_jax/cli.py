@@ -143,6 +143,9 @@ def build_parser() -> Parser:
         "--compare", action="store_true", help="measure all modes and compare their output"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--svg", metavar="FILE", help="draw the text, coloured by the stage that proposed it"
+    )
     return parser
 
 
@@ -418,6 +421,10 @@ def _decode(args: argparse.Namespace) -> None:
         )
 
     first = _first_run(decode, args, prompt)
+    if args.svg:
+        from ssd_jax import show
+
+        show.save_svg(args.svg, stack, first, prompt if isinstance(prompt, str) else "")
     measurements = {args.mode: Measurement(first, [])}
     if args.compare:
         measurements = _compare(decode, modes_of(stack), args.mode, first)

@@ -61,9 +61,7 @@ def gpu_device(target: str = "h200"):
 def described(arrays, device):
     """Shapes and types of a pytree of arrays, placed on a device that may not exist."""
     sharding = SingleDeviceSharding(device)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
 
 def computations(hlo: str) -> dict[str, list[str]]:

@@ -164,9 +164,7 @@ def speculative_step(
         limit=state.limit,
         active=state.finish == RUNNING,
         eos=state.eos,
-        noise=gumbel_noise(
-            sampling, state.length[:, None] + levels, models[0].config.vocab_size
-        ),
+        noise=gumbel_noise(sampling, state.length[:, None] + levels, models[0].config.vocab_size),
         sampling=sampling,
         policy=policy,
         capacities=capacities,

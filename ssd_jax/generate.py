@@ -107,9 +107,7 @@ def generate(
     """
     tokens = encode_prompt(stack, prompt)
     _check_new_tokens(max_new_tokens)
-    sampling = Sampling.create(
-        1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    sampling = Sampling.create(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     plan = _resolve_plan(stack, mode, plan)
     watch = _Watcher(stack, len(tokens), on_text) if on_text else None
     return generate_batch(stack, [tokens], max_new_tokens, sampling, plan, watch)[0]
@@ -231,7 +229,12 @@ def _first_state(models, prompts, limits, eos_ids, capacities: Capacities) -> en
     eos[:, : len(eos_ids)] = eos_ids
     lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
     return engine.init_state(
-        models, jnp.asarray(text), lengths, jnp.asarray(limits, jnp.int32), jnp.asarray(eos), capacities
+        models,
+        jnp.asarray(text),
+        lengths,
+        jnp.asarray(limits, jnp.int32),
+        jnp.asarray(eos),
+        capacities,
     )
 
 
@@ -293,16 +296,12 @@ def _decode_text(stack: Stack, tokens: Sequence[int]) -> str:
     return stack.tokenizer.decode(tokens)
 
 
-def _result(
-    stack, models, host, row, start, context, seconds, compile_seconds
-) -> GenerationResult:
+def _result(stack, models, host, row, start, context, seconds, compile_seconds) -> GenerationResult:
     text, length, finish, rounds, trace = host
     end = int(length[row])
     tokens = text[row, start:end].tolist()
-    if finish[row] == engine.ENDED:
-        reason = "eos"
-    else:
-        reason = "context" if end == context else "length"
+    cut = "context" if end == context else "length"
+    reason = "eos" if finish[row] == engine.ENDED else cut
     names = (*stack.stage_names[: len(models)], "ngram")
     origins = [names[i] for i in trace.origin[row, start:end]]
     stats = _stats(models, names, trace, int(rounds), row, start, end, seconds, compile_seconds)

@@ -12,6 +12,7 @@ use the highest precision (no TF32). ``reorder_and_upcast_attn`` is therefore al
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -105,14 +106,36 @@ class GPT2Config:
 
 def _product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
     """``einsum`` with operands of ``dtype``, accumulated and returned in float32."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.einsum(
-        spec,
-        x.astype(dtype),
-        y.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    x, y = x.astype(dtype), y.astype(dtype)
+    if dtype == jnp.float32:
+        return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)
+    return _narrow_product(spec, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """``einsum`` of 16-bit operands in float32, in the backward pass too.
+
+    Left to itself, the float32 cotangent would turn both backward products, two thirds of the
+    work of training, into float32 ones.
+    """
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _narrow_product_forward(spec, x, y):
+    return _narrow_product(spec, x, y), (x, y)
+
+
+def _narrow_product_backward(spec, operands, cotangent):
+    left, right, out = spec.replace("->", ",").split(",")
+    x, y = operands
+    cotangent = cotangent.astype(x.dtype)
+    grad_x = _narrow_product(f"{out},{right}->{left}", cotangent, y)
+    grad_y = _narrow_product(f"{left},{out}->{right}", x, cotangent)
+    return grad_x.astype(x.dtype), grad_y.astype(y.dtype)
+
+
+_narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 class Linear(nnx.Module):
@@ -125,7 +148,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _product("...i,io->...o", x, self.kernel[...], self.dtype) + self.bias[...]
+        return _product("bti,io->bto", x, self.kernel[...], self.dtype) + self.bias[...]
 
 
 class Attention(nnx.Module):

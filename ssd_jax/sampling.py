@@ -77,7 +77,9 @@ class Sampling:
 def _per_row(value, batch: int, name: str) -> list:
     if isinstance(value, Sequence):
         if len(value) != batch:
-            raise SamplingError(f"{name} has {len(value)} entries for {batch} prompts; give one each")
+            raise SamplingError(
+                f"{name} has {len(value)} entries for {batch} prompts; give one each"
+            )
         return list(value)
     return [value] * batch
 
@@ -92,7 +94,9 @@ def _check_row(temperature, top_k, top_p, seed) -> tuple[float, int, float, int]
             f"temperature must be 0 (greedy) or a positive finite number, not {temperature}"
         )
     if 0 < temperature < 1e-4:
-        raise SamplingError(f"temperature {temperature} is too small to divide by; use 0 for greedy")
+        raise SamplingError(
+            f"temperature {temperature} is too small to divide by; use 0 for greedy"
+        )
     if top_k is not None and (isinstance(top_k, bool) or int(top_k) != top_k or top_k < 0):
         raise SamplingError(f"top_k must be a positive integer, or 0 or None for off, not {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
@@ -156,9 +160,7 @@ def gumbel_noise(sampling: Sampling, positions: jax.Array, vocab_size: int) -> j
         return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, jnp.float32(1 - 2**-24))))
 
     shape = (*positions.shape, vocab_size)
-    return lax.cond(
-        jnp.any(sampling.temperature > 0), draw, lambda: jnp.zeros(shape, jnp.float32)
-    )
+    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: jnp.zeros(shape, jnp.float32))
 
 
 def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -217,9 +219,7 @@ def _largest_key(holds, shape) -> jax.Array:
     return lax.fori_loop(0, 32, refine, jnp.zeros(shape, jnp.uint32))
 
 
-def scores(
-    logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling
-) -> jax.Array:
+def scores(logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling) -> jax.Array:
     """What is compared when a token is chosen: the choice is the arg-max over V.
 
     Args:

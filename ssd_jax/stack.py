@@ -122,7 +122,9 @@ def load(
         raise ConfigError("give either a trio folder or oracle=..., not both")
     if path is not None:
         if drafts or ngram is not None:
-            raise ConfigError("a trio folder brings its own drafts and n-gram; pass oracle= instead")
+            raise ConfigError(
+                "a trio folder brings its own drafts and n-gram; pass oracle= instead"
+            )
         oracle, drafts, ngram = _parts(Path(path))
     assert oracle is not None
     if dtype is None:

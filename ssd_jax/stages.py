@@ -63,7 +63,8 @@ class Round:
         """``[B, N]`` bool: nodes that may have children. Closed under ancestors."""
         ended = (tree.depth > 0) & jnp.any(tree.token[:, :, None] == self.eos[:, None, :], axis=-1)
         deepest = jnp.minimum(self.policy.depth, self.capacities.depth)
-        room = self.position(tree) + 1 < self.limit[:, None]
+        # The oracle adds a token of its own, so the last position is never drafted for.
+        room = self.position(tree) + 2 < self.limit[:, None]
         return tree.valid & ~ended & (tree.depth < deepest) & room & self.active[:, None]
 
     def position(self, tree: TokenTree) -> jax.Array:
@@ -94,9 +95,7 @@ class Side:
     passes: jax.Array
 
 
-def catch_up(
-    rnd: Round, model: int, cache: KVCache, backlog: int
-) -> tuple[KVCache, jax.Array]:
+def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCache, jax.Array]:
     """Evaluate committed tokens in chunks until at most ``backlog`` are missing.
 
     This is the prefill, and what brings back a draft that was switched off. A model whose
@@ -243,9 +242,7 @@ def _open(rnd: Round, stage: int, tree: TokenTree, side: Side) -> jax.Array:
     return rnd.growable(tree) & (side.slot < 0) & in_reach & up_to_date[:, None]
 
 
-def _draft_pass(
-    rnd: Round, stage: int, tree: TokenTree, side: Side
-) -> tuple[TokenTree, Side]:
+def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[TokenTree, Side]:
     """One pass of a model draft: evaluate, re-value the children there are, add new ones."""
     draft = stage - 1
     width, branch = rnd.capacities.widths[stage], rnd.capacities.branches[draft]
@@ -266,9 +263,7 @@ def _draft_pass(
     return trees.mark_expanded(tree, nodes, ours, stage), side
 
 
-def _revalue(
-    tree: TokenTree, nodes: jax.Array, ours: jax.Array, log_prob: jax.Array
-) -> TokenTree:
+def _revalue(tree: TokenTree, nodes: jax.Array, ours: jax.Array, log_prob: jax.Array) -> TokenTree:
     """Give the existing children of ``nodes`` the probabilities ``log_prob`` ``[B, W, V]``."""
     row, hit = trees.row_of(nodes, ours, tree.capacity)
     batch, _, vocab = log_prob.shape
@@ -300,9 +295,7 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
 
     def level(_, tree: TokenTree) -> TokenTree:
         leaves = rnd.growable(tree) & (tree.expanded == trees.UNEXPANDED)
-        nodes, found = trees.best_nodes(
-            trees.values(tree), leaves, width, rnd.policy.ngram_width
-        )
+        nodes, found = trees.best_nodes(trees.values(tree), leaves, width, rnd.policy.ngram_width)
         recent = _recent_tokens(rnd, tree, nodes, max(match, 2))
         token, log_prob = _propose(rnd, tree, nodes, recent, branch, match)
         log_prob = jnp.where(found[:, :, None], log_prob, -jnp.inf)

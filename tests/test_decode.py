@@ -68,9 +68,7 @@ def run(stack, prompts, new_tokens, sampling, plan, policy=None, eos=(), stop_at
     tables = stack.tables if plan.ngram is not None else None
     policy = policy or Policy.of(plan)
     yield_at = state.limit + 0 if stop_at is None else jnp.full_like(state.limit, stop_at)
-    state = engine.decode(
-        models, tables, state, sampling, policy, yield_at, capacities=capacities
-    )
+    state = engine.decode(models, tables, state, sampling, policy, yield_at, capacities=capacities)
     return state, continuations(state, prompts)
 
 
@@ -98,9 +96,7 @@ def test_baseline_equals_cache_free_decoding(sampling):
     stack = toys.stack("never", drafts=0, ngram=False)
     for prompt in PROMPTS:
         _, (tokens,) = run(stack, [prompt], 25, sampling_for(sampling, 1), Plan.baseline())
-        expected, margin = reference.generate(
-            oracle, prompt, 25, **SAMPLINGS[sampling], seed=17
-        )
+        expected, margin = reference.generate(oracle, prompt, 25, **SAMPLINGS[sampling], seed=17)
         assert margin > 1e-4  # the reference rounds differently; keep clear of near-ties
         assert tokens == expected
 
@@ -126,7 +122,7 @@ def test_any_draft_and_policy_write_what_the_oracle_would(drafts, batch):
     if drafts:
         # The drafts that agree save passes, the others do not (or there was nothing to test).
         assert sum(rounds["always"]) < sum(rounds["between"]) < sum(rounds["never"])
-        assert rounds["always"][0] <= 12
+        assert rounds["always"][1] == 8  # the chain: 4 tokens a round, 30 in all
 
 
 def test_rows_of_a_batch_are_what_they_would_be_alone():
@@ -136,9 +132,7 @@ def test_rows_of_a_batch_are_what_they_would_be_alone():
     _, batch = run(stack, PROMPTS, 20, together, plan_for(1))
     for row, prompt in enumerate(PROMPTS):
         own = {name: values[row] for name, values in options.items()}
-        _, (alone,) = run(
-            stack, [prompt], 20, Sampling.create(1, **own, seed=row + 1), plan_for(1)
-        )
+        _, (alone,) = run(stack, [prompt], 20, Sampling.create(1, **own, seed=row + 1), plan_for(1))
         assert batch[row] == alone
 
 
@@ -155,9 +149,7 @@ def test_after_any_round_each_cache_equals_a_fresh_prefill(agreement):
     stack = toys.stack(agreement, drafts=2)
     models = (stack.oracle, *stack.drafts)
     for stop_at in (12, 17, 26):
-        state, _ = run(
-            stack, PROMPTS, 30, sampling_for("top_k", 3), plan_for(2), stop_at=stop_at
-        )
+        state, _ = run(stack, PROMPTS, 30, sampling_for("top_k", 3), plan_for(2), stop_at=stop_at)
         assert int(state.length.max()) < max(len(p) for p in PROMPTS) + 30
         np.testing.assert_array_equal(state.caches[0].length, state.length - 1)
         for model, cache in zip(models, state.caches, strict=True):
@@ -176,7 +168,7 @@ def test_a_draft_that_was_switched_off_is_caught_up():
     sampling, plan = sampling_for("greedy", 1), plan_for(1)
     capacities = Capacities.of(plan, TEXT)
     models, state = start(stack, PROMPTS[:1], 40, capacities)
-    on = Policy.of(plan)
+    on = policies(1)[1]  # the chain: 4 tokens a round from a draft that always agrees
     off = dataclasses.replace(on, rounds=jnp.zeros_like(on.rounds), levels=jnp.int32(0))
 
     def advance(state, policy, until):
@@ -192,7 +184,7 @@ def test_a_draft_that_was_switched_off_is_caught_up():
     state = dataclasses.replace(state, caches=(state.caches[0], behind))
     before = int(state.rounds)
     state = advance(state, on, 43)
-    assert int(state.rounds) - before <= 6  # 18 tokens, at least 3 a round: the draft is back
+    assert int(state.rounds) - before <= 5  # for 18 tokens: the draft is back at once
     _, (expected,) = run(stack, PROMPTS[:1], 40, sampling, Plan.baseline())
     assert continuations(state, PROMPTS[:1])[0] == expected
 
@@ -205,7 +197,12 @@ def test_chunks_take_the_same_steps_as_one_run():
     chunks = 0
     while (state.finish == engine.RUNNING).any():
         state = engine.decode(
-            models, stack.tables, state, sampling, Policy.of(plan), state.length + 4,
+            models,
+            stack.tables,
+            state,
+            sampling,
+            Policy.of(plan),
+            state.length + 4,
             capacities=capacities,
         )
         chunks += 1
@@ -252,9 +249,7 @@ def test_the_text_reaches_the_last_position_of_the_context(agreement):
     sampling = sampling_for("top_k", 3)
     state, got = run(stack, prompts, 50, sampling, plan_for(1))
     assert state.length.tolist() == [20, 20, 20]
-    expected, _ = reference.generate(
-        stack.oracle, prompts[0], 50, **SAMPLINGS["top_k"], seed=17
-    )
+    expected, _ = reference.generate(stack.oracle, prompts[0], 50, **SAMPLINGS["top_k"], seed=17)
     assert got[0] == expected and len(expected) == 17
     assert len(got[1]) == 1 and got[2] == []
 
@@ -267,7 +262,9 @@ def test_a_draft_with_a_shorter_context_steps_aside():
     state, (tokens,) = run(stack, PROMPTS[:1], 40, sampling, plan_for(1))
     expected, _ = reference.generate(oracle, PROMPTS[0], 40)
     assert tokens == expected
-    beyond = state.trace.passes[: int(state.rounds)][state.trace.length[: int(state.rounds), 0] > 20]
+    beyond = state.trace.passes[: int(state.rounds)][
+        state.trace.length[: int(state.rounds), 0] > 20
+    ]
     assert len(beyond) > 3 and (beyond[:, 1] == 0).all()
 
 
@@ -279,27 +276,30 @@ def test_origins_name_the_stage_that_proposed():
         state, _ = run(stack, PROMPTS[:1], 30, sampling, plan)
         origins = set(state.trace.origin[0, 3:33].tolist())
         assert origins == expected or (agreement == "never" and origins <= {0, 1})
-        # One token of every round is the oracle's own, except where the limit cut it off.
-        own = int((state.trace.origin[0, 3:33] == 0).sum())
-        assert own in (int(state.rounds), int(state.rounds) - 1)
+        # Exactly one token of every round is the oracle's own.
+        assert int((state.trace.origin[0, 3:33] == 0).sum()) == int(state.rounds)
 
 
-def test_look_up_copies_from_the_text():
-    """A prompt that repeats itself, and an oracle that goes on repeating it."""
-    stack = toys.stack("never", drafts=0)
+def test_look_up_copies_what_followed_the_same_words():
+    """A text that repeats itself and an oracle that goes on repeating it."""
+    oracle = toys.model(0)
+    prompt = [3, 8, 21, 40, 17, 33, 3, 8, 21, 40]
+    # The oracle's own loop: decode until it repeats itself, greedily.
+    stack = dataclasses.replace(toys.stack("never", drafts=0, ngram=False), oracle=oracle)
+    plan = plan_for(0, ngram=dataclasses.replace(NGRAM, branch=0))
     sampling = sampling_for("greedy", 1)
-    _, (tokens,) = run(stack, PROMPTS[:1], 25, sampling, Plan.baseline())
-    # Put the oracle's own continuation in front of the same prompt: it is no longer certain to
-    # say the same, so measure on whatever it says; the look-up may only save passes.
-    prompt = PROMPTS[0] + tokens[:12] + PROMPTS[0]
-    look_up = plan_for(0, ngram=dataclasses.replace(NGRAM, branch=0))
-    policy = Policy.of(look_up)
-    _, (expected,) = run(stack, [prompt], 25, sampling, Plan.baseline())
-    capacities_plan = dataclasses.replace(look_up, ngram=look_up.ngram)
-    state, (got,) = run(stack, [prompt], 25, sampling, capacities_plan, policy)
+    _, (expected,) = run(stack, [prompt], 45, sampling, Plan.baseline())
+    state, (got,) = run(stack, [prompt], 45, sampling, plan)
     assert got == expected
-    copied = state.trace.origin[0, len(prompt) : len(prompt) + 25] == 1
-    assert int(state.rounds) == 25 - int(copied.sum()) + (0 if not copied[-1] else 1)
+    origin = state.trace.origin[0, len(prompt) : len(prompt) + 45].tolist()
+    assert 1 in origin, "the oracle never repeated itself; choose another prompt"
+    text = prompt + got
+    for place, who in enumerate(origin, start=len(prompt)):
+        if who == 1:  # the token did follow the same word before
+            assert (text[place - 1], text[place]) in zip(
+                text[: place - 1], text[1:place], strict=True
+            )
+    assert int(state.rounds) == origin.count(0)
 
 
 class Counting:
@@ -314,9 +314,7 @@ class Counting:
         return self.inner(*args, **kwargs)
 
 
-jax.tree_util.register_pytree_node(
-    Counting, lambda c: ((), c), lambda c, _: c
-)
+jax.tree_util.register_pytree_node(Counting, lambda c: ((), c), lambda c, _: c)
 
 
 def test_one_trace_serves_prompts_policies_temperatures_and_seeds():
@@ -332,7 +330,12 @@ def test_one_trace_serves_prompts_policies_temperatures_and_seeds():
     ]:
         state = _first_state(models, [prompt], [len(prompt) + 5], (), capacities)
         engine.decode(
-            models, stack.tables, state, Sampling.create(1, **options), policy, state.limit + 0,
+            models,
+            stack.tables,
+            state,
+            Sampling.create(1, **options),
+            policy,
+            state.limit + 0,
             capacities=capacities,
         )
         counts.append([m.traces for m in models])
@@ -344,7 +347,12 @@ def lowered(stack, batch, place=lambda tree: tree):
     capacities = Capacities.of(plan, TEXT)
     models, state = start(stack, PROMPTS[:batch], 20, capacities)
     arguments = (
-        models, stack.tables, state, sampling_for("top_k", batch), Policy.of(plan), state.limit
+        models,
+        stack.tables,
+        state,
+        sampling_for("top_k", batch),
+        Policy.of(plan),
+        state.limit,
     )
     caches = {x.shape for c in state.caches for x in (*c.keys, *c.values)}
     return engine.decode.lower(*place(arguments), capacities=capacities), caches
@@ -390,7 +398,9 @@ def test_samples_have_the_oracles_distribution():
     oracle = toys.model(3, vocab_size=vocab, std=0.3)
     draft = toys.blend(oracle, 0.3)
     stack = dataclasses.replace(
-        toys.stack("never", drafts=0, ngram=False), oracle=oracle, drafts=(draft,),
+        toys.stack("never", drafts=0, ngram=False),
+        oracle=oracle,
+        drafts=(draft,),
         ngram=toys.katz(vocab),
     )
     prompt, temperature, top_k = [1, 4, 2], 0.9, 5
@@ -400,7 +410,9 @@ def test_samples_have_the_oracles_distribution():
         saved = 0
         for call in range(calls):
             sampling = Sampling.create(
-                batch, temperature=temperature, top_k=top_k,
+                batch,
+                temperature=temperature,
+                top_k=top_k,
                 seed=[call * batch + row for row in range(batch)],
             )
             state, rows = run(stack, [prompt] * batch, 3, sampling, plan)

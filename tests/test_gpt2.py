@@ -287,3 +287,37 @@ def test_keep_moves_the_named_slots_of_each_row():
             moved = np.asarray(before)[b][:, slots[b, : count[b]]]
             expected = np.concatenate([np.asarray(before)[b][:, : length[b]], moved], axis=1)
             np.testing.assert_array_equal(after[b, :, : length[b] + count[b]], expected)
+
+
+def _dot_products(jaxpr):
+    """Every matrix product in a program, nested ones included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _dot_products(inner)
+
+
+def test_training_in_bfloat16_multiplies_no_float32_matrices():
+    config = GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    gradients, programs = {}, {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = GPT2(config, dtype=dtype, rngs=nnx.Rngs(0))
+        graph, params = nnx.split(model)
+
+        def loss(params, graph=graph):
+            logits, _ = nnx.merge(graph, params)(tokens)
+            return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 3])
+
+        gradients[dtype] = jax.jit(jax.grad(loss))(params)
+        programs[dtype] = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+    operands = [v.aval.dtype for eqn in _dot_products(programs[jnp.bfloat16]) for v in eqn.invars]
+    assert len(operands) >= 2 * 3 * 7  # two attention and five dense products, and their gradients
+    assert set(operands) == {jnp.dtype(jnp.bfloat16)}
+    pairs = zip(*(jax.tree.leaves(gradients[d]) for d in gradients), strict=True)
+    for exact, rounded in pairs:
+        scale = float(jnp.abs(exact).max())
+        np.testing.assert_allclose(rounded, exact, atol=0.05 * scale + 1e-6)

@@ -108,9 +108,7 @@ def test_choice_follows_the_warped_distribution():
     """Chi-square over 20,000 positions, significance 1e-4."""
     logits = np.random.default_rng(5).normal(0, 1.5, 8).astype(np.float32)
     for temperature, top_k, top_p in [(1.0, None, None), (0.7, 5, None), (1.4, 6, 0.8)]:
-        sampling = Sampling.create(
-            1, temperature=temperature, top_k=top_k, top_p=top_p, seed=11
-        )
+        sampling = Sampling.create(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=11)
         count = 20_000
         noise = gumbel_noise(sampling, jnp.arange(count)[None], 8)
         rows = jnp.broadcast_to(jnp.asarray(logits), (1, count, 8))

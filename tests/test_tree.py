@@ -29,9 +29,7 @@ def drawn_tree():
     tree = insert(
         tree, jnp.asarray([[2, 2]]), jnp.asarray([[20, 21]]), jnp.log(jnp.asarray([[0.6, 0.3]])), 1
     )
-    return insert(
-        tree, jnp.asarray([[3]]), jnp.asarray([[22]]), jnp.log(jnp.asarray([[0.5]])), 2
-    )
+    return insert(tree, jnp.asarray([[3]]), jnp.asarray([[22]]), jnp.log(jnp.asarray([[0.5]])), 2)
 
 
 def test_drawn_tree_and_its_mask():
@@ -51,9 +49,7 @@ def test_drawn_tree_and_its_mask():
         [0, 0, 0, 0, 0, 0, 0, 0],  # empty
         [0, 0, 0, 0, 0, 0, 0, 0],
     ]
-    np.testing.assert_allclose(
-        np.exp(values(tree)[0]), [1, 1, 1, 0.6, 0.3, 0.3, 0, 0], rtol=1e-6
-    )
+    np.testing.assert_allclose(np.exp(values(tree)[0]), [1, 1, 1, 0.6, 0.3, 0.3, 0, 0], rtol=1e-6)
 
 
 def test_equal_values_prefer_the_lower_index():
@@ -104,9 +100,7 @@ def test_accepted_path_of_the_drawn_tree():
     assert accepted(21, 22, 9) == ([2, 4, 2, 2], 1)  # node 5 agrees, but its parent does not
     assert accepted(99, 22, 9) == ([2, 2, 2, 2], 0)
     unseen = evaluated.at[0, 3].set(False)
-    path, count = accepted_path(
-        tree, unseen, jnp.asarray([[0, 0, 20, 22, 0, 0, 0, 0]]), 2, 3
-    )
+    path, count = accepted_path(tree, unseen, jnp.asarray([[0, 0, 20, 22, 0, 0, 0, 0]]), 2, 3)
     assert int(count[0]) == 0
 
 
@@ -127,8 +121,11 @@ def grow_randomly(capacity, seeds):
         token = rng.integers(0, 4, (1, 6))
         log_prob = rng.choice([-INF, 0.0, -1e-7, -0.3, -2.0, -40.0], (1, 6)).astype(np.float32)
         tree = insert(
-            tree, jnp.asarray(parent, jnp.int32), jnp.asarray(token, jnp.int32),
-            jnp.asarray(log_prob), stage,
+            tree,
+            jnp.asarray(parent, jnp.int32),
+            jnp.asarray(token, jnp.int32),
+            jnp.asarray(log_prob),
+            stage,
         )
     return tree
 
@@ -181,8 +178,11 @@ def test_accepted_path_equals_a_walk(growth, seed):
     walk, node = [1], 1
     while True:
         children = [
-            n for n in range(2, tree.capacity)
-            if tree.valid[0, n] and tree.parent[0, n] == node and tree.token[0, n] == chosen[node]
+            n
+            for n in range(2, tree.capacity)
+            if tree.valid[0, n]
+            and tree.parent[0, n] == node
+            and tree.token[0, n] == chosen[node]
             and evaluated[n]
         ]
         if not children:

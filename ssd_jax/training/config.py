@@ -88,6 +88,8 @@ class TrainConfig:
         to keep the tokens a step. Short sequences are cheaper, long ones needed only late.
       long_steps: how many; 0 for none.
       learning_rate: peak of the schedule (linear warm-up, then cosine).
+      optimizer: ``"adamw"`` or ``"muon"``.
+      adam_learning_rate: with Muon, the peak for all that is not a kernel.
       final_ratio: the schedule ends at this fraction of the peak.
       checkpoint_every: steps between saved states.
       data_weight: for a draft, the weight of cross-entropy to the data; the rest goes to the
@@ -99,6 +101,8 @@ class TrainConfig:
     batch: int
     context: int
     learning_rate: float
+    optimizer: str = "adamw"
+    adam_learning_rate: float = 2e-3
     long_context: int = 0
     long_steps: int = 0
     warmup: int = 100
@@ -196,8 +200,10 @@ def _check_train(name: str, train: TrainConfig, positions: int) -> None:
         )
     if train.long_steps and train.long_context < train.context:
         raise ConfigError(f"{name}.long_context must be at least context={train.context}")
-    if train.learning_rate <= 0 or not 0 <= train.data_weight <= 1:
-        raise ConfigError(f"{name}: learning_rate must be positive and data_weight lie in [0, 1]")
+    if min(train.learning_rate, train.adam_learning_rate) <= 0 or not 0 <= train.data_weight <= 1:
+        raise ConfigError(f"{name}: learning rates must be positive and data_weight lie in [0, 1]")
+    if train.optimizer not in ("adamw", "muon"):
+        raise ConfigError(f"{name}.optimizer must be adamw or muon, not {train.optimizer!r}")
     if train.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"{name}.dtype must be float32 or bfloat16, not {train.dtype!r}")
 

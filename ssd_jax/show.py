@@ -1,0 +1,65 @@
+"""Showing where each token of a text came from (the paper's Figure 3)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssd_jax.errors import PromptError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ssd_jax.generate import GenerationResult
+    from ssd_jax.stack import Stack
+
+# One style a stage; further drafts reuse the draft's.
+STYLES = {"oracle": "bold red", "draft": "blue", "ngram": "green"}
+
+
+def colored_text(stack: Stack, result: GenerationResult, prompt: str = "") -> Text:
+    """A continuation coloured by the stage that proposed each token, after a dim prompt.
+
+    Raises:
+      PromptError: the stack has no tokenizer.
+    """
+    from rich.text import Text
+
+    if stack.tokenizer is None:
+        raise PromptError("colouring needs text, but this stack has no tokenizer; load one")
+    text = Text(prompt, style="dim", no_wrap=False)
+    shown = ""
+    for end, origin in enumerate(result.origins, start=1):
+        # Whole prefixes, because one character may be spread over several tokens.
+        whole = stack.tokenizer.decode(result.tokens[:end]).rstrip("\ufffd")
+        text.append(whole[len(shown) :], style=STYLES[origin.rstrip("0123456789")])
+        shown = max(shown, whole, key=len)
+    return text
+
+
+def legend() -> Text:
+    """One line that names the colours."""
+    from rich.text import Text
+
+    line = Text("proposed by: ")
+    for stage, style in STYLES.items():
+        line.append(stage, style=style).append("  ")
+    return line
+
+
+def save_svg(path: str | os.PathLike, stack: Stack, result: GenerationResult, prompt: str) -> None:
+    """Write the coloured text as an SVG picture."""
+    from rich.console import Console
+
+    from ssd_jax.checkpoint import atomic_path
+
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=92, file=nowhere, force_terminal=True)
+        console.print(colored_text(stack, result, prompt))
+        console.print()
+        console.print(legend())
+        stats = result.stats
+        title = f"{stats.new_tokens} tokens in {stats.rounds} oracle passes"
+        with atomic_path(Path(path)) as temporary:
+            console.save_svg(str(temporary), title=title)

@@ -1,0 +1,136 @@
+"""The shipped trio: lossless, equal to ``transformers``, and worth its drafts."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prompts import TRIO, heldout, humaneval
+
+import ssd_jax
+from ssd_jax.gpt2 import parameter_count
+from ssd_jax.plan import DraftPlan, NGramPlan, Plan
+
+pytestmark = pytest.mark.skipif(not TRIO.is_dir(), reason=f"{TRIO.name} is not shipped here")
+
+SAMPLINGS = {
+    "greedy": {},
+    "top_k": dict(temperature=1.0, top_k=50),
+    "top_p": dict(temperature=0.8, top_p=0.95),
+}
+PLANS = {
+    "default": None,
+    "chain": Plan.speculative(),
+    "wide": Plan(
+        width=16,
+        drafts=(DraftPlan(rounds=2, width=4, branch=8),),
+        ngram=NGramPlan(levels=4, width=4, branch=1),
+        depth=10,
+        nodes=64,
+    ),
+}
+NEAR_TIE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return ssd_jax.load(TRIO)
+
+
+def assert_lossless(stack, prompts, tokens: int) -> dict[str, set]:
+    """Every plan writes the baseline's tokens; returns the texts, by sampling."""
+    texts: dict[str, set] = {name: set() for name in SAMPLINGS}
+    for name, sampling in SAMPLINGS.items():
+        for index, prompt in enumerate(prompts):
+            options = dict(max_new_tokens=tokens, seed=index, **sampling)
+            expected = ssd_jax.generate(stack, prompt, mode="baseline", **options)
+            assert expected.tokens
+            texts[name].add(expected.text)
+            for plan_name, plan in PLANS.items():
+                got = ssd_jax.generate(stack, prompt, plan=plan, **options)
+                assert got.tokens == expected.tokens, (
+                    f"{name}, {plan_name}, prompt {index}: first difference at "
+                    f"{_first_difference(got.tokens, expected.tokens)}; smallest margin of the "
+                    f"text {expected.stats.min_margin:.2e} (near-tie below {NEAR_TIE})"
+                )
+    return texts
+
+
+def _first_difference(a, b) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+
+
+def test_a_few_prompts_are_lossless(stack):
+    assert_lossless(stack, heldout(2) + humaneval(1), 48)
+
+
+@pytest.mark.slow
+def test_many_prompts_are_lossless(stack):
+    prompts = heldout(12) + humaneval(12)
+    assert_lossless(stack, prompts, 96)
+
+
+def test_seeds_give_different_texts(stack):
+    prompt = heldout(1)[0]
+    texts = {
+        ssd_jax.generate(stack, prompt, max_new_tokens=48, temperature=1.0, top_k=50, seed=s).text
+        for s in range(4)
+    }
+    assert len(texts) == 4
+
+
+def test_drafts_are_small_and_of_the_same_family(stack):
+    oracle, (draft,) = stack.oracle, stack.drafts
+    assert 10e6 <= parameter_count(oracle) <= 23e6
+    assert parameter_count(draft) * 10 <= parameter_count(oracle)
+    assert 1280 % oracle.config.n_embd == 0
+    assert draft.config.n_layer <= 3
+
+
+def test_staged_commits_three_tokens_a_pass_and_more_than_a_chain(stack):
+    rates = {}
+    for mode in ("speculative", "staged"):
+        results = [
+            ssd_jax.generate(stack, prompt, max_new_tokens=96, mode=mode) for prompt in heldout(8)
+        ]
+        tokens = sum(r.stats.new_tokens for r in results)
+        rates[mode] = tokens / sum(r.stats.passes["oracle"] for r in results)
+    assert rates["staged"] >= 3.0
+    assert rates["staged"] > rates["speculative"]
+
+
+def test_baseline_writes_what_transformers_writes(stack):
+    """20 prompts, 96 tokens, float32, greedy."""
+    torch = pytest.importorskip("torch")
+    from transformers import GPT2LMHeadModel
+
+    reference = GPT2LMHeadModel.from_pretrained(TRIO / "oracle", dtype=torch.float32).eval()
+    prompts = (heldout(10) + humaneval(10))[:20]
+    assert len(prompts) >= 10
+    for prompt in prompts:
+        ours = ssd_jax.generate(stack, prompt, max_new_tokens=96, mode="baseline")
+        ids = torch.tensor([stack.tokenizer.encode(prompt)])
+        room = stack.oracle.config.n_positions - ids.shape[1]
+        with torch.no_grad():
+            theirs = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=min(96, room),
+                do_sample=False,
+                pad_token_id=stack.eos_ids[0],
+            )
+        expected = theirs[0, ids.shape[1] :].tolist()
+        if ours.tokens != expected:
+            where = _first_difference(ours.tokens, expected)
+            with torch.no_grad():
+                logits = reference(theirs[:, : ids.shape[1] + where]).logits[0, -1]
+            best, second = logits.topk(2).values.tolist()
+            assert best - second < NEAR_TIE, f"differs at {where}, margin {best - second:.2e}"
+
+
+def test_shipped_weights_are_finite_and_stay_small():
+    sizes = [path.stat().st_size for path in TRIO.parent.rglob("*") if path.is_file()]
+    assert max(sizes) < 16e6 and sum(sizes) < 50e6
+    stack = ssd_jax.load(TRIO)
+    assert np.isfinite(np.asarray(stack.oracle.wte[...].astype(jnp.float32))).all()
+    assert dataclasses.is_dataclass(stack)
