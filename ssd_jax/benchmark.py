@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssd_jax import cli
 from ssd_jax.errors import DataError
+from ssd_jax.files import atomic_path
 
 if TYPE_CHECKING:
     from ssd_jax.generate import GenerationResult
@@ -270,12 +271,8 @@ def write_results(folder: str | Path, document: Record) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, allow_nan=False, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from flax import nnx, serialization, traverse_util
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ssd_jax import gpt2
-from ssd_jax.errors import CheckpointError, ConfigError, SsdError
+from ssd_jax import files, gpt2
+from ssd_jax.errors import CheckpointError, ConfigError
 from ssd_jax.gpt2 import GPT2, GPT2Config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,8 +42,6 @@ _OTHER_MODEL_FILES = (
     "flax_model.msgpack",
 )
 
-# "name" or "owner/name", as the hub spells them.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # Causal masks that old versions of transformers stored along with the weights.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
@@ -80,10 +77,10 @@ def load_config(path_or_name: str | os.PathLike) -> GPT2Config:
       CheckpointError: the folder or file is missing or is not a JSON object.
       ConfigError: it is not a GPT-2, or a field is unsupported, of the wrong type or absurd.
     """
-    path = locate(path_or_name, _CONFIG_FILES) / "config.json"
+    path = files.locate(path_or_name, _CONFIG_FILES) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no config.json; give a Hugging Face model folder")
-    fields = read_json(path)
+    fields = files.read_json(path)
     try:
         return _parse_config(fields)
     except ConfigError as error:
@@ -174,10 +171,10 @@ def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GP
       ConfigError: ``config.json`` or ``dtype`` asks for something unsupported.
     """
     dtype = _parse_dtype(dtype)
-    folder = locate(path_or_name, _MODEL_FILES)
+    folder = files.locate(path_or_name, _MODEL_FILES)
     config = load_config(folder)
     if not _weight_files(folder):
-        folder = locate(path_or_name, _OTHER_MODEL_FILES)
+        folder = files.locate(path_or_name, _OTHER_MODEL_FILES)
     path, tensors = _open_weights(folder)
     model = gpt2.abstract(config, dtype=dtype, param_dtype=dtype)
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -246,7 +243,7 @@ def _check_tied(path: Path, tensors: dict[str, _Tensor]):
 
 
 def _read_tensor(path: Path, name: str, tensor: _Tensor, dtype: Any = None) -> np.ndarray:
-    with explaining(path, f"tensor {name!r} cannot be read"):
+    with files.explaining(path, f"tensor {name!r} cannot be read"):
         value = tensor.read()
     return _to_finite(value, dtype or value.dtype, f"{path}: tensor {name!r}")
 
@@ -281,7 +278,7 @@ def _open_weights(folder: Path) -> tuple[Path, dict[str, _Tensor]]:
         raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(_OPENERS)}")
     usable = [name for name in present if ".bin" not in name or _has_torch()]
     path = folder / (usable or present)[0]
-    with explaining(path, "cannot be read"):
+    with files.explaining(path, "cannot be read"):
         stored = _OPENERS[path.name](path)
     tensors = {}
     for stored_name, tensor in stored.items():
@@ -307,7 +304,7 @@ def _open_safetensors(path: Path) -> dict[str, _Tensor]:
 
 def _open_index(path: Path) -> dict[str, _Tensor]:
     """All tensors of the shards an index lists, which lie in the same folder."""
-    weight_map = read_json(path).get("weight_map")
+    weight_map = files.read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map; fetch or export the model again")
     for shard in weight_map.values():
@@ -317,7 +314,7 @@ def _open_index(path: Path) -> dict[str, _Tensor]:
     tensors: dict[str, _Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         opener = _open_torch if path.name.startswith("pytorch") else _open_safetensors
-        with explaining(path.parent / shard, "cannot be read"):
+        with files.explaining(path.parent / shard, "cannot be read"):
             found = opener(path.parent / shard)
         if twice := found.keys() & tensors.keys():
             raise CheckpointError(f"{path}: tensor {min(twice)!r} occurs in two shards")
@@ -417,17 +414,17 @@ def save_model(
         )
     widest = max((tensor.dtype for tensor in tensors.values()), key=lambda d: d.itemsize)
     shards = _split(tensors, max_shard_bytes)
-    with explaining(folder, "cannot be written", "check the path and the free space"):
+    with files.explaining(folder, "cannot be written", "check the path and the free space"):
         folder.mkdir(parents=True, exist_ok=True)
         # The stack renames the last entered first: weights, then index, then config.
         with contextlib.ExitStack() as stack:
 
             def staged(name: str) -> Path:
-                return stack.enter_context(atomic_path(folder / name))
+                return stack.enter_context(files.atomic_path(folder / name))
 
-            write_json(staged("config.json"), _config_fields(model.config, widest))
+            files.write_json(staged("config.json"), _config_fields(model.config, widest))
             if len(shards) > 1:
-                write_json(staged(_SAFETENSORS_INDEX), _index(shards))
+                files.write_json(staged(_SAFETENSORS_INDEX), _index(shards))
             for name, shard in shards.items():
                 save_file(shard, staged(name), metadata={"format": "pt"})
         _remove_stale(folder, keep={*shards, _SAFETENSORS_INDEX} if len(shards) > 1 else {*shards})
@@ -463,80 +460,3 @@ def _remove_stale(folder: Path, keep: set[str]):
         for path in folder.glob(pattern):
             if path.name not in keep:
                 path.unlink()
-
-
-# --------------------------------------------------------------- paths, small files, errors
-
-
-def locate(path_or_name: str | os.PathLike, hub_files: Iterable[str]) -> Path:
-    """The local folder of a path, or of a hub model, whose ``hub_files`` are then fetched.
-
-    Args:
-      path_or_name: a folder; or, where there is none of that name, ``name`` or ``owner/name``
-        on the Hugging Face hub.
-      hub_files: file name patterns.
-
-    Raises:
-      CheckpointError: there is no such folder, or the hub cannot provide the files.
-    """
-    name = os.fspath(path_or_name)
-    if os.path.isdir(name):
-        return Path(name)
-    if os.path.exists(name):
-        raise CheckpointError(f"{name} is not a folder; give the folder that holds the model")
-    # "checkpoints/typo" is a mistyped path, not a model of an owner called "checkpoints".
-    mistyped = "/" in name and os.path.isdir(os.path.dirname(name))
-    if not isinstance(path_or_name, str) or mistyped or not _HUB_NAME.fullmatch(name):
-        raise CheckpointError(f"no such folder: {name!r}; check the path")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=list(hub_files)))
-    except Exception as error:
-        raise CheckpointError(
-            f"no folder {name!r} here, and the Hugging Face hub gave none "
-            f"({_first_line(error)}); check the name and the connection"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; :class:`CheckpointError` if it holds anything else."""
-    with explaining(path, "cannot be read"):
-        value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object; fetch or export it again")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]):
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of ``path``, renamed to it if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def explaining(path: Path, what: str, remedy: str = "fetch or export it again") -> Iterator[None]:
-    """Turn whatever a library raises over a file into one line that names the file.
-
-    The parsers of damaged input raise anything from ``OSError`` to ``RecursionError``.
-    """
-    try:
-        yield
-    except SsdError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: {what} ({_first_line(error)}); {remedy}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from ssd_jax.errors import PlanError
 
 MODES = ("baseline", "speculative", "staged")
+MAX_TRIGRAM_BRANCH = 8  # continuations kept for each trigram context on the device
 
 
 def _check(record: object, name: str, low: float, high: float, *, whole: bool = True) -> None:
@@ -90,8 +91,13 @@ class NGramPlan:
     def __post_init__(self):
         _check(self, "levels", 0, 64)
         _check(self, "width", 1, 128)
-        _check(self, "branch", 0, 16)
+        _check(self, "branch", 0, MAX_TRIGRAM_BRANCH)
         _check(self, "match", 0, 64)
+        if not self.branch and not self.match:
+            raise PlanError(
+                "plan field NGramPlan has neither trigram (branch) nor look-up (match); "
+                "leave the stage out with ngram null"
+            )
         _check(self, "tau_greedy", 1e-3, 1e3, whole=False)
         _check(self, "tau_sampled", 1e-3, 1e3, whole=False)
         if not self.match_prob or not all(0.0 < p < 1.0 for p in self.match_prob):
@@ -314,13 +320,13 @@ class Policy:
     @classmethod
     def of(cls, plan: Plan, match: int | None = None) -> Policy:
         """The policy of a plan; ``match`` is the capacity for matched lengths, if larger."""
-        ngram = plan.ngram or NGramPlan(levels=0, match=0)
+        ngram = plan.ngram or NGramPlan(levels=0)
         match = ngram.match if match is None else match
+        # Lengths beyond the plan's own last entry count as it does.
         probs = jnp.asarray(
             [ngram.match_prob[min(i, len(ngram.match_prob) - 1)] for i in range(match)],
             jnp.float32,
         )
-        # Lengths beyond the plan's own are not looked for: they count as its longest.
         drafts = plan.drafts
 
         def ints(values) -> jax.Array:

@@ -52,7 +52,7 @@ def save_svg(path: str | os.PathLike, stack: Stack, result: GenerationResult, pr
     """Write the coloured text as an SVG picture."""
     from rich.console import Console
 
-    from ssd_jax.checkpoint import atomic_path
+    from ssd_jax.files import atomic_path
 
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=92, file=nowhere, force_terminal=True)

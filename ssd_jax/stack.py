@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,8 @@ from ssd_jax import checkpoint
 from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.ngram import KatzModel, NGramTables
+from ssd_jax.plan import MAX_TRIGRAM_BRANCH
 from ssd_jax.tokenizer import Tokenizer
-
-# Continuations kept for each trigram context on the device.
-TABLE_BRANCH = 8
 
 PathLike = str | os.PathLike
 
@@ -81,7 +78,7 @@ class Stack:
     @functools.cached_property
     def tables(self) -> NGramTables | None:
         """The n-gram on the device."""
-        return None if self.ngram is None else jax.device_put(self.ngram.tables(TABLE_BRANCH))
+        return None if self.ngram is None else jax.device_put(self.ngram.tables(MAX_TRIGRAM_BRANCH))
 
 
 def _same_vocabulary(name: str, size: int, vocab: int) -> None:
@@ -190,4 +187,4 @@ def weight_bytes(model: GPT2) -> int:
 def cache_bytes_per_token(model: GPT2) -> int:
     """Bytes of keys and values that one cached token costs each pass."""
     width = model.config.n_layer * model.config.n_embd
-    return 2 * width * math.ceil(model.dtype.itemsize)
+    return 2 * width * model.dtype.itemsize

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ssd_jax import checkpoint
+from ssd_jax import files
 from ssd_jax.errors import CheckpointError, PromptError
 
 _END_OF_TEXT = "<|endoftext|>"
@@ -61,7 +61,7 @@ class Tokenizer:
         Raises:
           CheckpointError: the folder holds no tokenizer, or a damaged one.
         """
-        folder = checkpoint.locate(path_or_name, _FILES)
+        folder = files.locate(path_or_name, _FILES)
         whole, vocab, merges = (folder / name for name in _FILES[:3])
         if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
             raise CheckpointError(
@@ -69,7 +69,7 @@ class Tokenizer:
                 "expected tokenizer.json, or vocab.json and merges.txt"
             )
         special = _special_tokens(folder)
-        with checkpoint.explaining(folder, "the tokenizer cannot be read"):
+        with files.explaining(folder, "the tokenizer cannot be read"):
             if whole.is_file():
                 backend = tokenizers.Tokenizer.from_file(str(whole))
             else:
@@ -132,19 +132,19 @@ class Tokenizer:
         for key, token_id in (("eos_token", self.eos_token_id), ("bos_token", self.bos_token_id)):
             if token_id is not None:
                 config[key] = self._plain.id_to_token(token_id)
-        with checkpoint.explaining(folder, "cannot be written", "check the path and free space"):
+        with files.explaining(folder, "cannot be written", "check the path and free space"):
             folder.mkdir(parents=True, exist_ok=True)
-            with checkpoint.atomic_path(folder / "tokenizer.json") as path:
+            with files.atomic_path(folder / "tokenizer.json") as path:
                 path.write_text(self._serialized, encoding="utf-8")
-            with checkpoint.atomic_path(folder / "tokenizer_config.json") as path:
-                checkpoint.write_json(path, config)
+            with files.atomic_path(folder / "tokenizer_config.json") as path:
+                files.write_json(path, config)
 
 
 def _gpt2_backend(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     """GPT-2's byte-level BPE (Radford et al. 2019) from its vocabulary and merge list."""
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     # The library drops entries it does not understand.
-    if backend.get_vocab() != checkpoint.read_json(vocab):
+    if backend.get_vocab() != files.read_json(vocab):
         raise ValueError(f"{vocab.name} does not map tokens to ids")
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -159,7 +159,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
-        fields = checkpoint.read_json(folder / name)
+        fields = files.read_json(folder / name)
         for key in ("eos", "bos"):
             token = fields.get(f"{key}_token")
             token = token.get("content") if isinstance(token, dict) else token

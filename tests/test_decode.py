@@ -10,6 +10,7 @@ import reference
 import toys
 
 from ssd_jax import decode as engine
+from ssd_jax.checkpoint import save_model
 from ssd_jax.compiled import cache_sized_copies, described, gpu_device
 from ssd_jax.generate import _first_state
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
@@ -441,3 +442,24 @@ def _pair_probabilities(model, prompt, temperature, top_k) -> np.ndarray:
 
     first = next_probs(prompt)
     return np.concatenate([first[v] * next_probs([*prompt, v]) for v in range(len(first))])
+
+
+def test_exact_probabilities_are_those_of_transformers(tmp_path):
+    """What the chi-square test holds the samples to, against an independent implementation."""
+    torch = pytest.importorskip("torch")
+    from transformers import GPT2LMHeadModel
+    from transformers.generation import logits_process as hf
+
+    oracle = toys.model(3, vocab_size=6, std=0.3)
+    save_model(oracle, tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+
+    def next_probs(text):
+        with torch.no_grad():
+            scores = theirs(torch.tensor([text])).logits[:, -1]
+        scores = hf.TopKLogitsWarper(5)(None, hf.TemperatureLogitsWarper(0.9)(None, scores))
+        return scores.softmax(-1)[0].double().numpy()
+
+    first = next_probs([1, 4, 2])
+    expected = np.concatenate([first[v] * next_probs([1, 4, 2, v]) for v in range(6)])
+    np.testing.assert_allclose(_pair_probabilities(oracle, [1, 4, 2], 0.9, 5), expected, atol=1e-5)

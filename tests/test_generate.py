@@ -307,6 +307,7 @@ def test_plans_survive_json(tmp_path):
         '{"drafts": [{}]}',
         '{"ngram": {"match_prob": [2]}, "depth": 1, "nodes": 1}',
         '{"ngram": {"match_prob": []}, "depth": 1, "nodes": 1}',
+        '{"ngram": {"branch": 0, "match": 0}, "depth": 1, "nodes": 1}',
         '{"floor": "low"}',
     ],
 )

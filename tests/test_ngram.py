@@ -12,11 +12,10 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_katz import ReferenceKatz, counts_of
 
-from ssd_jax import ngram
 from ssd_jax.errors import CheckpointError, ConfigError, DataError
-from ssd_jax.ngram import KatzModel, good_turing, katz_discounts
-from tests.reference_katz import ReferenceKatz, counts_of
+from ssd_jax.ngram import KatzModel, file, good_turing, katz_discounts, tables
 
 
 @st.composite
@@ -261,7 +260,7 @@ def test_tables_of_a_longer_text(branch):
 def test_ranking_in_blocks_changes_nothing(monkeypatch):
     model = KatzModel.fit(zipf_documents(3, 30), 30)
     whole = model.tables(4)
-    monkeypatch.setattr(ngram, "_BLOCK", 50)
+    monkeypatch.setattr(tables, "_BLOCK", 50)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(model.tables(4)), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -314,7 +313,7 @@ def colliding_keys(count):
     keys = np.random.default_rng(5).choice(2**32, 60_000, replace=False).astype(np.uint32)
     bits = (count // 4).bit_length()
     for attempt in range(2):
-        keys = keys[ngram._hash(keys, np.uint32(attempt * 0x9E3779B9 % 2**32), bits) == 3]
+        keys = keys[tables.hash_keys(keys, np.uint32(attempt * 0x9E3779B9 % 2**32), bits) == 3]
     assert len(keys) >= count
     return keys[:count]
 
@@ -336,11 +335,11 @@ def test_hash_table_survives_keys_chosen_to_collide():
 def test_a_bucket_matches_its_own_keys_and_nothing_else(keys):
     """Free places must match no query, key 0 included; there is no spare value to mark them."""
     keys = np.array(sorted(keys), np.uint32)
-    buckets, salt, order = ngram._hash_table(keys)
+    buckets, salt, order = tables.hash_table(keys)
     bits = len(buckets).bit_length() - 1
     others = np.setdiff1d(np.concatenate([buckets[:, :15].ravel(), np.arange(40)]), keys)
     for queries, wanted in ((keys, True), (others.astype(np.uint32), False)):
-        bucket = buckets[ngram._hash(queries, salt, bits)]
+        bucket = buckets[tables.hash_keys(queries, salt, bits)]
         match = bucket[:, :15] == queries[:, None]
         assert np.all(match.sum(axis=1) == wanted)
         if wanted and len(keys):
@@ -447,7 +446,7 @@ def tamper(path, change, vocab_size=8):
         "format": "ssd_jax.katz",
         "version": "1",
         "vocab_size": str(vocab_size),
-        "checksum": ngram._checksum(vocab_size, tensors),
+        "checksum": file.checksum_of(vocab_size, tensors),
     }
     safetensors.numpy.save_file(tensors, path, metadata)
 

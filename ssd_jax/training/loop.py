@@ -23,8 +23,8 @@ import optax.contrib
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from ssd_jax.checkpoint import atomic_path
 from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
+from ssd_jax.files import atomic_path
 from ssd_jax.gpt2 import GPT2, GPT2Config
 from ssd_jax.training.config import TrainConfig
 from ssd_jax.training.corpus import SPLITS

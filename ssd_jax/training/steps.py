@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from ssd_jax import checkpoint
+from ssd_jax import checkpoint, files
 from ssd_jax.errors import ConfigError
 from ssd_jax.gpt2 import GPT2, parameter_count
 from ssd_jax.ngram import KatzModel
@@ -79,7 +79,7 @@ class Pipeline:
         return False
 
     def _card(self) -> dict:
-        return checkpoint.read_json(self.work / "data.json")
+        return files.read_json(self.work / "data.json")
 
     def oracle(self, *, stop_at: int | None = None) -> None:
         """Train the oracle, or resume its training, on cross-entropy.
@@ -125,7 +125,7 @@ class Pipeline:
         }  # fmt: skip
         del origin["shards"]  # more or fewer of the same
         note = folder / "origin.json"
-        if folder.exists() and not (note.exists() and checkpoint.read_json(note) == origin):
+        if folder.exists() and not (note.exists() and files.read_json(note) == origin):
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         tokens.save_json(note, origin)
@@ -177,7 +177,7 @@ class Pipeline:
         card = report.model_card(
             self.config, self._card(), shipped, logs, quality, perplexity, ngram.sizes
         )
-        with checkpoint.atomic_path(self.out / "README.md") as path:
+        with files.atomic_path(self.out / "README.md") as path:
             path.write_text(card, encoding="utf-8")
         self.say(f"{quality}; trigram perplexity {perplexity:.1f}")
         for path in self.out.rglob("*"):

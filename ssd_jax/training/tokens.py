@@ -16,8 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from ssd_jax.checkpoint import atomic_path
 from ssd_jax.errors import DataError
+from ssd_jax.files import atomic_path
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training.config import (
     END_OF_TEXT,
