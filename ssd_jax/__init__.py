@@ -2,11 +2,13 @@
 
 Array axes, in every signature and docstring of this package:
 
-  B  batch rows          T  tokens of one forward pass   S  cache slots
-  N  tree nodes          W  nodes selected for a pass    C  candidate children
-  K  trunk nodes         P  nodes of an accepted path    V  vocabulary
-  H  heads               D  head size                    E  model width
-  L  layers              M  model stages (oracle first, then drafts)
+  B  batch rows            T  tokens of one forward pass   S  cache slots
+  N  tree nodes            W  nodes selected for a pass    C  candidate children
+  X  candidates of a node  K  trunk nodes                  P  nodes of an accepted path
+  D  deepest tree level    Z  scratch slots of a cache     Q  positions decided at once
+  H  heads                 I  size of a head               E  model width
+  L  layers                M  models, oracle first         V  vocabulary
+  F  end-of-text ids       R  rounds on record             S' slots of the text buffer
 """
 
 from ssd_jax.errors import SsdError as SsdError

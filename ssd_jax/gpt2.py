@@ -166,7 +166,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, mask, cached, offset, rngs):
         batch, rows, width = x.shape
-        # [B, T, 3E] -> three [B, H, T, D]
+        # [B, T, 3E] -> three [B, H, T, I]
         qkv = self.c_attn(x).reshape(batch, rows, 3, self.heads, width // self.heads)
         query, key, value = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
         if cached is not None:

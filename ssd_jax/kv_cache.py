@@ -26,8 +26,8 @@ class KVCache:
     """Keys and values of every layer, kept as separate arrays (stacking them costs copies).
 
     Attributes:
-      keys: one ``[B, H, S, D]`` array per layer.
-      values: one ``[B, H, S, D]`` array per layer.
+      keys: one ``[B, H, S, I]`` array per layer.
+      values: one ``[B, H, S, I]`` array per layer.
       length: ``[B]`` int32, committed tokens held by this cache.
     """
 
@@ -51,7 +51,7 @@ def init(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) 
 
 
 def write(buffer: jax.Array, rows: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """Write ``rows`` ``[B, H, T, D]`` into ``buffer`` ``[B, H, S, D]`` from slot ``offset`` on.
+    """Write ``rows`` ``[B, H, T, I]`` into ``buffer`` ``[B, H, S, I]`` from slot ``offset`` on.
 
     ``offset`` is one slot for all rows, or ``[B]``, one for each.
     """

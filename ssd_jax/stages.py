@@ -85,7 +85,7 @@ class Side:
     Attributes:
       cache: its KV cache.
       slot: ``[B, N]`` int32, the cache slot of each node it has evaluated, else -1.
-      owner: ``[B, R]`` int32, the node held by each scratch slot, else -1.
+      owner: ``[B, Z]`` int32, the node held by each scratch slot, else -1.
       passes: int32, passes made in this round.
     """
 
