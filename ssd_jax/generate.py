@@ -312,7 +312,7 @@ def _stats(models, names, trace, rounds, row, start, end, seconds, compile_secon
     lengths = trace.length[:rounds, row]
     # A batch goes on until its last row has finished; this row's own rounds are those that
     # found it longer than the one before did.
-    own = np.diff(np.append(lengths, end)) > 0
+    own = np.append(lengths[1:], end) > lengths
     passes = trace.passes[:rounds][own]
     weights = np.array([weight_bytes(m) for m in models], np.float64)
     per_token = np.array([cache_bytes_per_token(m) for m in models], np.float64)

@@ -130,9 +130,9 @@ def _narrow_product_backward(spec, operands, cotangent):
     left, right, out = spec.replace("->", ",").split(",")
     x, y = operands
     cotangent = cotangent.astype(x.dtype)
-    grad_x = _narrow_product(f"{out},{right}->{left}", cotangent, y)
-    grad_y = _narrow_product(f"{left},{out}->{right}", x, cotangent)
-    return grad_x.astype(x.dtype), grad_y.astype(y.dtype)
+    grad_x = jnp.asarray(_narrow_product(f"{out},{right}->{left}", cotangent, y), x.dtype)
+    grad_y = jnp.asarray(_narrow_product(f"{left},{out}->{right}", x, cotangent), y.dtype)
+    return grad_x, grad_y
 
 
 _narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)

@@ -194,6 +194,7 @@ def test_compare_takes_the_median_and_the_modes_take_turns(engine, capsys):
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert set(document) == JSON_KEYS | {"compare", "output_identical"}
+    assert svg.read_text().startswith("<svg")
     assert document["output_identical"] is True
     assert {mode: figures["seconds"] for mode, figures in document["compare"].items()} == {
         "baseline": 6.0,
@@ -344,9 +345,11 @@ def test_real_models_agree_in_all_modes(tiny, tmp_path, capsys):
     small = Plan(width=4, drafts=(DraftPlan(rounds=1, width=2, branch=2),), depth=2, nodes=6)
     plan = tmp_path / "plan.json"
     plan.write_text(small.to_json())
-    argv = ["--oracle", tiny / "oracle", "--draft", tiny / "draft", "--plan", plan]
+    svg = tmp_path / "text.svg"
+    argv = ["--oracle", tiny / "oracle", "--draft", tiny / "draft", "--plan", plan, "--svg", svg]
     assert cli.main([*map(str, argv), "--compare", "--json", "--max-new-tokens", "8", "ab"]) == 0
     document = json.loads(capsys.readouterr().out)
+    assert svg.read_text().startswith("<svg")
     assert document["output_identical"] is True
     assert set(document["compare"]) == set(cli.MODES)
     assert document["new_tokens"] == len(document["tokens"]) == len(document["origins"]) == 8
@@ -361,7 +364,7 @@ def test_real_models_agree_in_all_modes(tiny, tmp_path, capsys):
         ("--prompt-tokens " + ",".join("1" * 33), "33 tokens"),
         ("x --plan absent.json", "absent.json"),
         ("x --ngram absent.safetensors", "absent.safetensors"),
-        ("x --draft absent", "absent"),
+        ("x --draft ./absent", "absent"),
     ],
 )
 def test_real_engine_refuses_in_one_line(tiny, capsys, arguments, names):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import toys
+from rich.control import strip_control_codes
 
 import ssd_jax
 from ssd_jax import checkpoint, show
@@ -338,7 +339,8 @@ def test_the_coloured_text_shows_who_proposed_what(stack, tmp_path):
     prompt = "é def"
     result = ssd_jax.generate(stack, prompt, max_new_tokens=40, temperature=1.2, seed=4, plan=SMALL)
     colored = show.colored_text(stack, result, prompt)
-    assert colored.plain == prompt + stack.tokenizer.decode(result.tokens).rstrip("\ufffd")
+    whole = prompt + stack.tokenizer.decode(result.tokens).rstrip("\ufffd")
+    assert colored.plain == strip_control_codes(whole)  # a model may not steer the terminal
     styles = [span.style for span in colored.spans[1:]]
     assert styles == [
         show.STYLES[origin]

@@ -95,19 +95,19 @@ class Order:
         return dataclasses.replace(
             self,
             keys=self.keys[stays],
-            offsets=offsets(lengths[stays]),
+            offsets=row_offsets(lengths[stays]),
             ngrams=self.ngrams[keep],
             counts=self.counts[keep],
             totals=self.totals[stays],
         )
 
 
-def offsets(lengths: np.ndarray) -> np.ndarray:
+def row_offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    return np.diff(offsets(values)[offsets])
+    return np.diff(row_offsets(values)[offsets])
 
 
 def find_keys(haystack: np.ndarray, needles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssd_jax.ngram.levels import Level, find_keys, offsets
+from ssd_jax.ngram.levels import Level, find_keys, row_offsets
 
 _BUCKET_KEYS = 15  # with the first row of the bucket, 64 bytes: one cache line
 _BLOCK = 1 << 20  # candidates ranked at a time
@@ -111,7 +111,7 @@ def hash_table(keys: np.ndarray) -> tuple[np.ndarray, np.uint32, np.ndarray]:
     """``buckets`` and ``salt`` of :class:`NGramTables`, and the order of the rows."""
     salt, bits, bucket = _place(keys)
     order = np.argsort(bucket, kind="stable")
-    first = offsets(np.bincount(bucket, minlength=2**bits))[:-1]
+    first = row_offsets(np.bincount(bucket, minlength=2**bits))[:-1]
     place = np.arange(len(keys)) - first[bucket[order]]
     # Free places hold key 0, and in the bucket where key 0 belongs, a key that does not.
     probes = hash_keys(np.arange(256, dtype=np.uint32), salt, bits)
@@ -176,13 +176,13 @@ def _rank(level: Level, lower: _Ranking, wanted: np.ndarray) -> _Ranking:
 
     A suffix must be ranked at least as far as ``wanted`` plus what its context has seen.
     """
-    work = offsets(2 * level.order.lengths + wanted)
+    work = row_offsets(2 * level.order.lengths + wanted)
     cuts = np.searchsorted(work, np.arange(0, work[-1], _BLOCK), side="right") - 1
     cuts = np.unique(np.append(cuts, len(wanted)))
     blocks = [_rank_rows(level, lower, wanted, *cut) for cut in itertools.pairwise(cuts)]
     none = (np.zeros(0, np.int64), np.zeros(0))
     tokens, probabilities = zip(none, *blocks, strict=True)
-    return _Ranking(offsets(wanted), np.concatenate(tokens), np.concatenate(probabilities))
+    return _Ranking(row_offsets(wanted), np.concatenate(tokens), np.concatenate(probabilities))
 
 
 def _rank_rows(
@@ -195,7 +195,7 @@ def _rank_rows(
         order.lengths[start:stop] + wanted[start:stop], np.diff(lower.offsets)[parents]
     )
     rows = np.repeat(np.arange(start, stop), borrowed)
-    skip = lower.offsets[parents] - offsets(borrowed)[:-1]
+    skip = lower.offsets[parents] - row_offsets(borrowed)[:-1]
     index = np.repeat(skip, borrowed) + np.arange(len(rows))
     _, seen = find_keys(order.ngrams, order.keys[rows] * size + lower.tokens[index])
     rows, index = rows[~seen], index[~seen]
@@ -207,6 +207,6 @@ def _rank_rows(
     rows = np.concatenate([order.rows[own], rows])
     best = np.lexsort((tokens, -probabilities, rows))
     lengths = np.bincount(rows - start, minlength=stop - start)
-    place = np.arange(len(rows)) - np.repeat(offsets(lengths)[:-1], lengths)
+    place = np.arange(len(rows)) - np.repeat(row_offsets(lengths)[:-1], lengths)
     best = best[place < np.repeat(wanted[start:stop], lengths)]
     return tokens[best], probabilities[best]
