@@ -7,6 +7,7 @@ each document's first token and how often its text occurs in one epoch.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ _PIECES = (
     r"\n+[ \t]*|[^\s\p{L}\p{N}_]?[\p{L}_]+| [\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+"
     r"|\s+(?!\S)|\s+"
 )
+NEWLINE_CUTS = 0.1  # share of the newlines after which a document's encoding is cut
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -75,12 +77,28 @@ def token_bytes(file: Path) -> np.ndarray:
     return sizes
 
 
+def encode_document(text: str, tokenizer: Tokenizer, random: np.random.Generator) -> list[int]:
+    """Token ids of one document, its closing ``<|endoftext|>`` included.
+
+    The tokenizer joins a newline with the indentation after it, but a prompt often ends in the
+    newline alone. So that a model can go on from there, the text is cut after some newlines as
+    a prompt would be, and it does not end in one: a bare newline says nothing of the end.
+    """
+    lines = text.rstrip("\n").splitlines(keepends=True)
+    cuts = np.flatnonzero(random.random(len(lines)) < NEWLINE_CUTS)
+    ids: list[int] = []
+    for first, last in itertools.pairwise([0, *cuts, len(lines)]):
+        ids += tokenizer.encode("".join(lines[first:last]))
+    return [*ids, END_OF_TEXT_ID]
+
+
 def write_split(
     folder: Path, split: str, documents: Sequence[Document], tokenizer: Tokenizer
 ) -> int:
     """Encode one split; returns its number of tokens, separators included."""
+    random = np.random.default_rng(0)
     encoded = [
-        np.array([*tokenizer.encode(document.text), END_OF_TEXT_ID], np.uint16)
+        np.array(encode_document(document.text, tokenizer, random), np.uint16)
         for document in documents
     ]
     starts = np.cumsum([0] + [len(ids) for ids in encoded])[:-1]
