@@ -50,10 +50,10 @@ class DraftPlan:
         below 1 the draft counts as surer of itself than its probabilities say.
     """
 
-    rounds: int = 3
-    width: int = 8
-    branch: int = 4
-    threshold: float = 0.02
+    rounds: int = 6
+    width: int = 2
+    branch: int = 2
+    threshold: float = 0.05
     tau_greedy: float = 1.0
     tau_sampled: float = 1.0
 
@@ -80,9 +80,9 @@ class NGramPlan:
       tau_greedy, tau_sampled: as for drafts.
     """
 
-    levels: int = 3
-    width: int = 8
-    branch: int = 2
+    levels: int = 2
+    width: int = 4
+    branch: int = 1
     match: int = 6
     match_prob: tuple[float, ...] = (0.15, 0.3, 0.5, 0.65, 0.75, 0.85)
     tau_greedy: float = 1.0
@@ -149,15 +149,17 @@ class Plan:
 
     @classmethod
     def staged(cls, drafts: int = 1, ngram: bool = True) -> Plan:
-        """Tree drafting by every stage of the stack."""
-        if not drafts and not ngram:
-            return cls.baseline()
+        """Tree drafting by every stage of the stack; without a trigram, by look-up alone.
+
+        Of the plans tried with the shipped trio on two CPU cores (``docs/decisions.md``) this is
+        the fastest; wider trees accept more tokens a pass.
+        """
         return cls(
-            width=24,
+            width=12,
             drafts=(DraftPlan(),) * drafts,
-            ngram=NGramPlan() if ngram else None,
-            depth=16,
-            nodes=96,
+            ngram=NGramPlan(branch=1 if ngram else 0),
+            depth=12,
+            nodes=40,
         )
 
     @classmethod
