@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def colored_text(stack: Stack, result: GenerationResult, prompt: str = "") -> Te
 
     if stack.tokenizer is None:
         raise PromptError("colouring needs text, but this stack has no tokenizer; load one")
-    text = Text(prompt, style="dim", no_wrap=False)
+    text = Text().append(prompt, style="dim")
     shown = ""
     for end, origin in enumerate(result.origins, start=1):
         # Whole prefixes, because one character may be spread over several tokens.
@@ -61,5 +62,8 @@ def save_svg(path: str | os.PathLike, stack: Stack, result: GenerationResult, pr
         console.print(legend())
         stats = result.stats
         title = f"{stats.new_tokens} tokens in {stats.rounds} oracle passes"
-        with atomic_path(Path(path)) as temporary:
-            console.save_svg(str(temporary), title=title)
+        svg = console.export_svg(title=title)
+    # Rich's drawing would fetch its fonts from the network; the viewer's own monospace will do.
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(svg, encoding="utf-8")

@@ -341,6 +341,7 @@ def test_the_coloured_text_shows_who_proposed_what(stack, tmp_path):
     colored = show.colored_text(stack, result, prompt)
     whole = prompt + stack.tokenizer.decode(result.tokens).rstrip("\ufffd")
     assert colored.plain == strip_control_codes(whole)  # a model may not steer the terminal
+    assert not colored.style and colored.spans[0].style == "dim"
     styles = [span.style for span in colored.spans[1:]]
     assert styles == [
         show.STYLES[origin]
@@ -350,6 +351,7 @@ def test_the_coloured_text_shows_who_proposed_what(stack, tmp_path):
     show.save_svg(tmp_path / "text.svg", stack, result, prompt)
     drawing = (tmp_path / "text.svg").read_text(encoding="utf-8")
     assert drawing.startswith("<svg") and "oracle&#160;passes" in drawing
+    assert "url(http" not in drawing  # nothing is fetched to show it
     assert [path.name for path in tmp_path.iterdir()] == ["text.svg"]
     with pytest.raises(PromptError, match="no tokenizer"):
         show.colored_text(toys.stack("never"), result)
