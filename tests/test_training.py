@@ -281,16 +281,25 @@ def test_token_file_holds_the_documents(run):
     text = corpus.gather(run.config.data)
     tokenizer = tokens.Tokenizer.load(run.work)
     for split in corpus.SPLITS:
-        stored = [list(ids) for ids in tokens.TokenFile(run.work, split).texts()]
-        expected = [[*tokenizer.encode(d.text), END_OF_TEXT_ID] for d in getattr(text, split)]
-        assert stored == expected
+        stored = [ids.tolist() for ids in tokens.TokenFile(run.work, split).texts()]
+        documents = getattr(text, split)
+        assert [ids[-1] for ids in stored] == [END_OF_TEXT_ID] * len(documents)
+        for ids, document in zip(stored, documents, strict=True):
+            assert tokenizer.decode(ids[:-1]) == document.text.rstrip("\n")
 
 
-def _token_file(folder: Path, lengths: list[int], repeats: list[int]) -> tokens.TokenFile:
-    starts = np.cumsum([0, *lengths])[:-1]
-    np.save(folder / "train.tokens.npy", np.arange(sum(lengths), dtype=np.uint16))
-    np.save(folder / "train.documents.npy", np.stack([starts, repeats], axis=1))
-    return tokens.TokenFile(folder, "train")
+def test_documents_are_cut_after_newlines_as_prompts_are(run):
+    tokenizer = tokens.Tokenizer.load(run.work)
+    (newline,) = tokenizer.encode("\n")
+    text = "def f():\n    return 1\n" * 400
+    ids = tokens.encode_document(text, tokenizer, np.random.default_rng(0))
+    assert tokenizer.decode(ids[:-1]) == text.rstrip("\n")
+    # Uncut, a newline before an indented line is always joined with the indentation.
+    whole = tokenizer.encode(text.rstrip("\n"))
+    indented = "".join(tokenizer.decode([i]) for i in tokenizer.encode("\n    return"))
+    assert indented.startswith("\n    ") and tokenizer.encode("\n    return")[0] != newline
+    more = ids.count(newline) - whole.count(newline)
+    assert 15 < more < 80  # one in ten of the 400 indented lines, or thereabouts
 
 
 def test_an_epoch_visits_every_window_as_often_as_its_document_repeats(tmp_path):
