@@ -302,6 +302,13 @@ def test_documents_are_cut_after_newlines_as_prompts_are(run):
     assert 15 < more < 80  # one in ten of the 400 indented lines, or thereabouts
 
 
+def _token_file(folder: Path, lengths: list[int], repeats: list[int]) -> tokens.TokenFile:
+    starts = np.cumsum([0, *lengths])[:-1]
+    np.save(folder / "train.tokens.npy", np.arange(sum(lengths), dtype=np.uint16))
+    np.save(folder / "train.documents.npy", np.stack([starts, repeats], axis=1))
+    return tokens.TokenFile(folder, "train")
+
+
 def test_an_epoch_visits_every_window_as_often_as_its_document_repeats(tmp_path):
     file = _token_file(tmp_path, [32, 33], [3, 1])
     settings = TrainConfig(steps=99, batch=4, context=8, learning_rate=1.0)
