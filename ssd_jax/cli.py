@@ -2,7 +2,7 @@
 
 Standard output carries the text, or with ``--json`` exactly one object; with ``--json`` everything
 else goes to standard error. Whatever a user can put right is one line ``error: ...`` and exit
-status 2. JAX is imported only after the arguments have been checked.
+status 2. Arguments are checked before a model is read.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssd_jax.errors import CheckpointError, PromptError, SsdError
+from ssd_jax.plan import MODES
 
 if TYPE_CHECKING:
     from ssd_jax.generate import GenerationResult
 
-MODES = ("baseline", "speculative", "staged")
 COMPARE_REPEATS = 3  # odd, so that the median is one of the runs
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

@@ -35,10 +35,6 @@ class KVCache:
     values: tuple[jax.Array, ...]
     length: jax.Array
 
-    @property
-    def slots(self) -> int:
-        return self.keys[0].shape[2]
-
 
 def init(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
     """An empty cache of ``slots`` slots."""
