@@ -29,6 +29,9 @@ class DataConfig:
       packages: installed packages to read; ``["*"]`` means every permissively licensed one.
       package_megabytes: at most this much text of one package (a deterministic subset of files).
       stdlib_repeats: how often a standard-library window occurs in one epoch.
+      function_repeats: if positive, each short function with a docstring in a Python training
+        file is also a document of its own, and occurs this often in one epoch. A model that
+        completes functions learns from these where a function ends.
       heldout_one_in: one module in so many is held out, chosen by a stable hash.
       heldout_modules: standard-library modules that are held out in any case.
       benchmark: a ``.jsonl[.gz]`` with a ``prompt`` field; files that contain one of its
@@ -41,6 +44,7 @@ class DataConfig:
     packages: tuple[str, ...] = ()
     package_megabytes: float = 6.0
     stdlib_repeats: int = 1
+    function_repeats: int = 0
     heldout_one_in: int = 40
     heldout_modules: tuple[str, ...] = ()
     benchmark: str = ""
@@ -48,31 +52,55 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Byte-level BPE: its exact vocabulary, and how much text its merges are learnt from."""
+    """Byte-level BPE.
+
+    Attributes:
+      vocab_size: its exact vocabulary.
+      sample_megabytes: how much text its merges are learnt from.
+      init: a folder (or hub model) whose tokenizer is taken as it is, for fine-tuning; the other
+        settings then say nothing.
+    """
 
     vocab_size: int = 8192
     sample_megabytes: float = 24.0
+    init: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model; the vocabulary comes from the tokenizer."""
+    """Shape of a model; the vocabulary comes from the tokenizer.
 
-    n_embd: int
-    n_layer: int
-    n_head: int
+    Attributes:
+      init: where the first weights are from: "" for random ones; ``"oracle"``, for a draft as
+        wide as the oracle, for the oracle's embeddings and ``n_layer`` evenly spaced layers of
+        it; else a Hugging Face GPT-2 folder (or hub model) to fine-tune, which then gives the
+        shape too.
+    """
+
+    n_embd: int = 0
+    n_layer: int = 0
+    n_head: int = 0
     n_positions: int = 1024
+    init: str = ""
 
-    def gpt2(self, vocab_size: int) -> GPT2Config:
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether a model folder gives the shape and the first weights."""
+        return self.init not in ("", "oracle")
+
+    def gpt2(self, vocab_size: int, end_of_text: int) -> GPT2Config:
         """The full architecture. Dropout is off: a run sees each window about once."""
         return GPT2Config(
             vocab_size=vocab_size,
-            **dataclasses.asdict(self),
+            n_embd=self.n_embd,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_positions=self.n_positions,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=END_OF_TEXT_ID,
-            eos_token_id=END_OF_TEXT_ID,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
         )
 
 
@@ -174,9 +202,16 @@ class Config:
             )
         for name in ("oracle", "draft"):
             model, train = getattr(self, name), getattr(self, f"train_{name}")
-            model.gpt2(self.tokenizer.vocab_size)
-            _check_train(f"train_{name}", train, model.n_positions)
-        if self.sample.length > self.draft.n_positions:
+            _check_model(name, model)
+            _check_train(f"train_{name}", train)
+            if not model.is_pretrained:
+                check_context(f"train_{name}", train, model.n_positions)
+        if self.draft.init == "oracle" and self.draft.n_embd != self.oracle.n_embd:
+            raise ConfigError(
+                'draft.init="oracle" copies layers, so draft.n_embd must be the oracle\'s; '
+                "make them equal or start the draft from nothing"
+            )
+        if not self.draft.is_pretrained and self.sample.length > self.draft.n_positions:
             raise ConfigError(
                 f"sample.length={self.sample.length} is longer than the draft's "
                 f"n_positions={self.draft.n_positions}; shorten it"
@@ -189,15 +224,36 @@ class Config:
             raise ConfigError("data.heldout_one_in must be at least 2, or nothing is left to train")
 
 
-def _check_train(name: str, train: TrainConfig, positions: int) -> None:
+def _check_model(name: str, model: ModelConfig) -> None:
+    if name == "oracle" and model.init == "oracle":
+        raise ConfigError("oracle.init cannot be the oracle itself; name a model folder")
+    shape = (model.n_embd, model.n_layer, model.n_head)
+    if not model.is_pretrained:
+        model.gpt2(MAX_VOCAB, END_OF_TEXT_ID)
+    elif any(shape):
+        raise ConfigError(
+            f"{name}.init={model.init!r} gives the shape; remove n_embd, n_layer and n_head"
+        )
+
+
+def check_context(name: str, train: TrainConfig, positions: int) -> None:
+    """Refuse sequences longer than a model's positions.
+
+    Raises:
+      ConfigError: they are.
+    """
+    longest = max(train.context, train.long_context)
+    if longest > positions:
+        raise ConfigError(
+            f"{name}: a context of {longest} is longer than n_positions={positions}; "
+            "shorten it or give the model more positions"
+        )
+
+
+def _check_train(name: str, train: TrainConfig) -> None:
     for field in ("steps", "batch", "context", "checkpoint_every", "log_every", "evaluate_every"):
         if getattr(train, field) < 1:
             raise ConfigError(f"{name}.{field} must be at least 1, not {getattr(train, field)}")
-    if max(train.context, train.long_context) > positions:
-        raise ConfigError(
-            f"{name}: a context of {max(train.context, train.long_context)} is longer than "
-            f"n_positions={positions}; shorten it or give the model more positions"
-        )
     if train.long_steps and train.long_context < train.context:
         raise ConfigError(f"{name}.long_context must be at least context={train.context}")
     if min(train.learning_rate, train.adam_learning_rate) <= 0 or not 0 <= train.data_weight <= 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ssd_jax.errors import DataError
 from ssd_jax.training.config import END_OF_TEXT, DataConfig
+from ssd_jax.training.functions import documented_functions
 from ssd_jax.training.sources import Source, find_sources
 
 SPLITS = ("train", "heldout")
@@ -28,29 +29,28 @@ class Document:
       path: its path there.
       module: the unit of the held-out split.
       text: its content, of ``size`` bytes in UTF-8.
+      repeats: occurrences of its text in one epoch.
     """
 
     source: Source
     path: str
     module: str
     text: str
+    repeats: int = 1
 
     @functools.cached_property
     def size(self) -> int:
         return len(self.text.encode())
 
-    @property
-    def repeats(self) -> int:
-        return self.source.repeats
-
 
 @dataclasses.dataclass
 class Corpus:
-    """Documents by split, and how many files were left out and why."""
+    """Documents by split, functions cut out of the training ones, and files left out by reason."""
 
     train: list[Document]
     heldout: list[Document]
     skipped: Counter[str]
+    functions: list[Document] = dataclasses.field(default_factory=list)
 
 
 def gather(config: DataConfig) -> Corpus:
@@ -67,7 +67,8 @@ def gather(config: DataConfig) -> Corpus:
         for path in _shuffled(source):
             reason, text = _read(source.root / path)
             reason = reason or _unwanted(text, prompts, seen)
-            document = Document(source, path, _module(path, source.module_depth), text)
+            module = _module(path, source.module_depth)
+            document = Document(source, path, module, text, source.repeats)
             if not reason and document.size > budget:
                 reason = "over the package's share"
             if reason:
@@ -75,6 +76,8 @@ def gather(config: DataConfig) -> Corpus:
                 continue
             budget -= document.size
             (corpus.heldout if is_heldout(document, config) else corpus.train).append(document)
+    if config.function_repeats:
+        corpus.functions = list(_functions(corpus.train, seen, config.function_repeats))
     for name in SPLITS:
         if not getattr(corpus, name):
             raise DataError(
@@ -84,12 +87,28 @@ def gather(config: DataConfig) -> Corpus:
     return corpus
 
 
+def _functions(documents: list[Document], seen: set[bytes], repeats: int) -> Iterator[Document]:
+    """Every distinct documented function of the Python documents."""
+    for document in documents:
+        if not document.path.endswith(".py"):
+            continue
+        for text in documented_functions(document.text):
+            if not _is_duplicate(text, seen):
+                yield dataclasses.replace(document, text=text, repeats=repeats)
+
+
+def _is_duplicate(text: str, seen: set[bytes]) -> bool:
+    """Whether ``seen`` holds the digest of ``text``; adds it."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    known = digest in seen
+    seen.add(digest)
+    return known
+
+
 def _unwanted(text: str, prompts: frozenset[str], seen: set[bytes]) -> str:
     """Why a readable text is left out ("" if it is not); adds its digest to ``seen``."""
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    if digest in seen:
+    if _is_duplicate(text, seen):
         return "duplicate"
-    seen.add(digest)
     if not prompts.isdisjoint(map(_normalized, text.splitlines())):
         return "benchmark prompt"
     return ""

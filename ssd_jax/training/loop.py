@@ -23,10 +23,10 @@ import optax.contrib
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
+from ssd_jax.errors import CheckpointError, VocabularyMismatchError
 from ssd_jax.files import atomic_path
 from ssd_jax.gpt2 import GPT2, GPT2Config
-from ssd_jax.training.config import TrainConfig
+from ssd_jax.training.config import TrainConfig, check_context
 from ssd_jax.training.corpus import SPLITS
 from ssd_jax.training.tokens import Batches, TokenFile
 
@@ -131,12 +131,7 @@ class Trainer:
     def __init__(
         self, config: GPT2Config, settings: TrainConfig, *, teacher: GPT2 | None, seed: int
     ):
-        longest = max(settings.context, settings.long_context)
-        if longest > config.n_positions:
-            raise ConfigError(
-                f"a context of {longest} is longer than n_positions={config.n_positions}; "
-                "shorten it"
-            )
+        check_context("training", settings, config.n_positions)
         if teacher is not None and teacher.config.vocab_size != config.vocab_size:
             raise VocabularyMismatchError(
                 f"the oracle's vocabulary has {teacher.config.vocab_size} tokens, the draft's "
@@ -164,9 +159,9 @@ class Trainer:
         """Shapes and dtypes of a state."""
         return jax.eval_shape(self.initial)
 
-    def initial(self) -> TrainState:
-        """The state before the first step."""
-        params = nnx.state(self._model())
+    def initial(self, start: GPT2 | None = None) -> TrainState:
+        """The state before the first step, from random weights or those of ``start``."""
+        params = nnx.state(start or self._model(), nnx.Param)
         return TrainState(params, self._optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def _metrics(self, params, teacher, tokens, positions):
@@ -213,6 +208,7 @@ def train(
     text: Path,
     folder: Path,
     *,
+    start: Callable[[], GPT2 | None] = lambda: None,
     stop_at: int | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainState:
@@ -222,6 +218,8 @@ def train(
       trainer: the model and its optimisation.
       text: folder of the encoded splits.
       folder: receives ``checkpoints/``, ``log.jsonl`` and ``loss.png``.
+      start: gives the model whose weights (float32) a new run begins with, or ``None`` for
+        random ones; not called when resuming.
       stop_at: leave after this step, as if killed (for tests).
       say: receives progress, one line at a time.
 
@@ -234,7 +232,7 @@ def train(
     batches = Batches(data, settings, trainer.config.n_positions, trainer.seed)
     folder.mkdir(parents=True, exist_ok=True)
     with _manager(folder, settings.checkpoint_every) as manager:
-        state = _resume(manager, trainer)
+        state = _resume(manager, trainer, start)
         log = Log(folder / "log.jsonl", int(state.step), settings, say)
         for step in range(int(state.step), settings.steps):
             if step == stop_at:
@@ -261,10 +259,14 @@ def _manager(folder: Path, every: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
 
 
-def _resume(manager: ocp.CheckpointManager, trainer: Trainer) -> TrainState:
+def _resume(
+    manager: ocp.CheckpointManager,
+    trainer: Trainer,
+    start: Callable[[], GPT2 | None] = lambda: None,
+) -> TrainState:
     latest = manager.latest_step()
     if latest is None:
-        return trainer.initial()
+        return trainer.initial(start())
     try:
         state = manager.restore(latest, args=ocp.args.StandardRestore(trainer.abstract()))
         return cast(TrainState, state)

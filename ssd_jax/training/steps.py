@@ -7,17 +7,19 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from flax import nnx
 
 from ssd_jax import checkpoint, files
-from ssd_jax.errors import ConfigError
+from ssd_jax.errors import ConfigError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2, parameter_count
 from ssd_jax.ngram import KatzModel
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training import corpus, loop, report, sample, tokens
-from ssd_jax.training.config import Config
+from ssd_jax.training.config import MAX_VOCAB, Config, ModelConfig
+from ssd_jax.training.surgery import layers_of
 
 SHARD_BYTES = 15 * 10**6  # the shipped files stay below what a Git host takes without LFS
 
@@ -51,12 +53,13 @@ class Pipeline:
             return
         self.work.mkdir(parents=True, exist_ok=True)
         text = corpus.gather(self.config.data)
-        chosen = corpus.sample(text.train, self.config.tokenizer.sample_megabytes)
-        tokenizer = tokens.train_tokenizer(chosen, self.config.tokenizer)
+        tokenizer = self._tokenizer(text)
         tokenizer.save(self.work)
         card = {"settings": settings} | corpus.card(text, self.config.data)
-        for split in corpus.SPLITS:
-            documents = getattr(text, split)
+        for split, documents in (
+            ("train", text.train + text.functions),
+            ("heldout", text.heldout),
+        ):
             count = tokens.write_split(self.work, split, documents, tokenizer)
             size = sum(document.size for document in documents)
             per_token = size / (count - len(documents))  # without the separators
@@ -64,6 +67,19 @@ class Pipeline:
             self.say(f"{split}: {len(documents)} files, {count} tokens, {per_token:.3f} B/token")
         # Written last: its presence says that the step is complete.
         tokens.save_json(self.work / "data.json", card)
+
+    def _tokenizer(self, text: corpus.Corpus) -> Tokenizer:
+        settings = self.config.tokenizer
+        if not settings.init:
+            chosen = corpus.sample(text.train, settings.sample_megabytes)
+            return tokens.train_tokenizer(chosen, settings)
+        tokenizer = Tokenizer.load(settings.init)
+        if tokenizer.eos_token_id is None or tokenizer.vocab_size > MAX_VOCAB:
+            raise ConfigError(
+                f"the tokenizer of {settings.init} has no end-of-text token, or more than "
+                f"{MAX_VOCAB} tokens; take another"
+            )
+        return tokenizer
 
     def _encoded(self, settings: dict) -> bool:
         """Whether the work folder holds this text; refuses to mix two texts in one run."""
@@ -101,12 +117,40 @@ class Pipeline:
             f"{name}: {parameter_count(trainer.model(trainer.abstract())):,} parameters, "
             f"{settings.steps} steps of {settings.batch * settings.context} tokens"
         )
-        loop.train(trainer, self.work, self.work / name, stop_at=stop_at, say=self.say)
+        loop.train(
+            trainer,
+            self.work,
+            self.work / name,
+            start=lambda: self._start(name),
+            stop_at=stop_at,
+            say=self.say,
+        )
 
     def _trainer(self, name: str, teacher: GPT2 | None = None) -> loop.Trainer:
-        config = getattr(self.config, name).gpt2(Tokenizer.load(self.work).vocab_size)
+        model: ModelConfig = getattr(self.config, name)
+        tokenizer = Tokenizer.load(self.work)
+        if model.is_pretrained:
+            config = dataclasses.replace(
+                checkpoint.load_config(model.init), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+            )
+            if config.vocab_size != tokenizer.vocab_size:
+                raise VocabularyMismatchError(
+                    f"{model.init} has {config.vocab_size} tokens, the tokenizer "
+                    f"{tokenizer.vocab_size}; set tokenizer.init to the model's own"
+                )
+        else:
+            config = model.gpt2(tokenizer.vocab_size, cast(int, tokenizer.eos_token_id))
         settings = getattr(self.config, f"train_{name}")
         return loop.Trainer(config, settings, teacher=teacher, seed=self.config.seed)
+
+    def _start(self, name: str) -> GPT2 | None:
+        """The model a new run starts from."""
+        model: ModelConfig = getattr(self.config, name)
+        if model.is_pretrained:
+            return checkpoint.load_model(model.init)
+        if model.init == "oracle":
+            return layers_of(self._trained("oracle"), model.n_layer)
+        return None
 
     def _trained(self, name: str) -> GPT2:
         trainer = self._trainer(name)
@@ -132,7 +176,17 @@ class Pipeline:
         # Sampling is bound by memory and latency, not arithmetic: float32 is faster on a CPU.
         model = GPT2(trainer.config, rngs=nnx.Rngs(0))
         nnx.update(model, state.params)
-        sample.draw_shards(model, self.config.sample, folder, seed=self.config.seed, say=self.say)
+        sample.draw_shards(
+            model,
+            self.config.sample,
+            folder,
+            seed=self.config.seed,
+            end_of_text=self._end_of_text(),
+            say=self.say,
+        )
+
+    def _end_of_text(self) -> int:
+        return cast(int, Tokenizer.load(self.work).eos_token_id)
 
     def ngram(self) -> None:
         """Fit the Katz trigram and write ``ngram.safetensors``."""
@@ -149,7 +203,9 @@ class Pipeline:
     def _ngram_documents(self) -> Iterator[np.ndarray]:
         if self.config.ngram.corpus == "train":
             return tokens.TokenFile(self.work, "train").texts()
-        return sample.sampled_documents(self.work / "sample", self.config.sample.shards)
+        return sample.sampled_documents(
+            self.work / "sample", self.config.sample.shards, self._end_of_text()
+        )
 
     def report(self) -> None:
         """Assemble the trio in ``out``, measure what was assembled, and write its model card."""

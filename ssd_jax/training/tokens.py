@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
@@ -20,12 +20,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from ssd_jax.errors import DataError
 from ssd_jax.files import atomic_path
 from ssd_jax.tokenizer import Tokenizer
-from ssd_jax.training.config import (
-    END_OF_TEXT,
-    END_OF_TEXT_ID,
-    TokenizerConfig,
-    TrainConfig,
-)
+from ssd_jax.training.config import END_OF_TEXT, TokenizerConfig, TrainConfig
 from ssd_jax.training.corpus import Document
 
 # What a merge never crosses. Unlike in GPT-2's pattern, a newline keeps all of the following
@@ -73,7 +68,7 @@ def token_bytes(file: Path) -> np.ndarray:
     sizes = np.zeros(len(vocabulary), np.int64)
     for token, index in vocabulary.items():
         sizes[index] = len(token)  # the byte-level alphabet spells each byte as one character
-    sizes[END_OF_TEXT_ID] = 0
+    sizes[vocabulary[END_OF_TEXT]] = 0
     return sizes
 
 
@@ -89,7 +84,7 @@ def encode_document(text: str, tokenizer: Tokenizer, random: np.random.Generator
     ids: list[int] = []
     for first, last in itertools.pairwise([0, *cuts, len(lines)]):
         ids += tokenizer.encode("".join(lines[first:last]))
-    return [*ids, END_OF_TEXT_ID]
+    return [*ids, cast(int, tokenizer.eos_token_id)]
 
 
 def write_split(
