@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 extras.base :=
 extras.test := [test]
 extras.dev := [dev]
-extras.all := [dev,peers,aot,train]
+extras.all := [dev,peers,aot,train,hub]
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

@@ -31,6 +31,7 @@ from ssd_jax.gpt2 import GPT2, GPT2Config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_LABEL = "ssd_jax_label"
 _SAFETENSORS = "model.safetensors"
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _CONFIG_FILES = ("config.json",)
@@ -85,6 +86,17 @@ def load_config(path_or_name: str | os.PathLike) -> GPT2Config:
         return _parse_config(fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def load_label(path_or_name: str | os.PathLike) -> str | None:
+    """What :func:`save_model` was told about these weights, for instance that they are widened.
+
+    Raises:
+      CheckpointError: the folder or ``config.json`` is missing or damaged.
+    """
+    path = files.locate(path_or_name, _CONFIG_FILES) / "config.json"
+    label = files.read_json(path).get(_LABEL)
+    return label if isinstance(label, str) else None
 
 
 def _parse_config(fields: dict[str, Any]) -> GPT2Config:
@@ -386,6 +398,7 @@ def save_model(
     *,
     dtype: Any = None,
     max_shard_bytes: int = 5 * 10**9,
+    label: str | None = None,
 ):
     """Write ``config.json`` and safetensors weights that ``transformers`` loads unchanged.
 
@@ -398,6 +411,8 @@ def save_model(
       dtype: type of all stored tensors; by default each keeps its own. The config's ``dtype``
         is the widest stored, so that ``transformers`` rounds nothing on loading.
       max_shard_bytes: above this size the weights are split into several files with an index.
+      label: what a reader of figures must know of these weights; kept in ``config.json``, see
+        :func:`load_label`.
 
     Raises:
       CheckpointError: a weight is not finite (as ``dtype``), or the folder cannot be written.
@@ -422,7 +437,8 @@ def save_model(
             def staged(name: str) -> Path:
                 return stack.enter_context(files.atomic_path(folder / name))
 
-            files.write_json(staged("config.json"), _config_fields(model.config, widest))
+            config = _config_fields(model.config, widest) | ({_LABEL: label} if label else {})
+            files.write_json(staged("config.json"), config)
             if len(shards) > 1:
                 files.write_json(staged(_SAFETENSORS_INDEX), _index(shards))
             for name, shard in shards.items():

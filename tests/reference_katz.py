@@ -68,9 +68,12 @@ def discounts(n):
 
 
 class ReferenceKatz:
-    """The same model as ``KatzModel.fit(documents, vocab_size, min_trigram_count=...)``."""
+    """The same model as ``KatzModel.fit(documents, vocab_size, min_trigram_count=...)``.
 
-    def __init__(self, documents, vocab_size, min_trigram_count=1):
+    With ``kept``, a set of tuples, the bigrams and trigrams outside of it are pruned too.
+    """
+
+    def __init__(self, documents, vocab_size, min_trigram_count=1, kept=None):
         self.vocab_size = vocab_size
         self.counts = [counts_of(documents, length) for length in (1, 2, 3)]
         self.discounts = [
@@ -78,6 +81,7 @@ class ReferenceKatz:
             for counts in self.counts
         ]
         self.min_counts = (1, 1, min_trigram_count)
+        self.kept = kept
 
     def distribution(self, context):
         """``P(token | context)`` as a list; ``context`` holds 0, 1 or 2 tokens."""
@@ -87,7 +91,12 @@ class ReferenceKatz:
         else:
             shorter = [1 / self.vocab_size] * self.vocab_size
         row = self.counts[order].get(context, {})
-        seen = {token: c for token, c in row.items() if c >= self.min_counts[order]}
+        seen = {
+            token: c
+            for token, c in row.items()
+            if c >= self.min_counts[order]
+            and (not order or self.kept is None or (*context, token) in self.kept)
+        }
         if not seen and order:
             return shorter
         d = self.discounts[order]
@@ -95,7 +104,7 @@ class ReferenceKatz:
         unseen = [token for token in range(self.vocab_size) if token not in seen]
         if not unseen:
             left = 0.0
-        elif any(c not in seen.values() or d.get(c, 1.0) < 1 for c in row.values()):
+        elif len(seen) < len(row) or any(d.get(c, 1.0) < 1 for c in row.values()):
             left = math.fsum(c - mass.get(token, 0.0) for token, c in row.items())
         else:
             left = 1.0

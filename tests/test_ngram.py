@@ -1,8 +1,15 @@
 """The Katz trigram: the mathematics against a slow reference, tables against brute force."""
 
+import collections
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
+import re
+import subprocess
+import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +22,16 @@ from hypothesis import strategies as st
 from reference_katz import ReferenceKatz, counts_of
 
 from ssd_jax.errors import CheckpointError, ConfigError, DataError
-from ssd_jax.ngram import KatzModel, file, good_turing, katz_discounts, tables
+from ssd_jax.ngram import (
+    KatzModel,
+    counting,
+    file,
+    good_turing,
+    katz_discounts,
+    levels,
+    runs,
+    tables,
+)
 
 
 @st.composite
@@ -162,16 +178,6 @@ def test_sums_to_one_where_the_suffix_leaves_almost_nothing():
 
 
 @settings(max_examples=40, deadline=None)
-@given(corpora(), st.integers(1, 7))
-def test_chunked_counting_changes_nothing(corpus, chunk_tokens):
-    documents, vocab_size = corpus
-    whole = all_log_probs(KatzModel.fit(documents, vocab_size))
-    pieces = KatzModel.fit((np.array(d, np.uint16) for d in documents), vocab_size,
-                           chunk_tokens=chunk_tokens)  # fmt: skip
-    np.testing.assert_array_equal(all_log_probs(pieces), whole)
-
-
-@settings(max_examples=40, deadline=None)
 @given(corpora(), corpora())
 def test_perplexity_equals_the_slow_one(corpus, other):
     documents, vocab_size = corpus
@@ -197,27 +203,240 @@ def test_pruning_equals_fitting_with_the_cutoff_and_sums_to_one():
     np.testing.assert_array_equal(all_log_probs(again), log_probs)
 
 
-def test_max_trigrams_keeps_the_most_frequent():
-    """Ranked by count, then by share of the context; seen here as a probability of its own."""
-    documents = zipf_documents(2, 9)
-    full, counts = KatzModel.fit(documents, 9), counts_of(documents, 3)
-    rank = {
-        (*context, c): (n, n / sum(row.values()))
-        for context, row in counts.items()
-        for c, n in row.items()
+def held(model):
+    """The bigrams and trigrams of a model, as tuples."""
+    size = model.vocab_size
+    _, bigrams, trigrams = (level.order.ngrams.tolist() for level in model._levels)
+    pairs = {(x // size, x % size) for x in bigrams}
+    return pairs, {(x // size**2, x // size % size, x % size) for x in trigrams}
+
+
+def ranked(documents, length):
+    """``{n-gram: (count, share of its context)}``."""
+    return {
+        (*context, token): (count, count / sum(row.values()))
+        for context, row in counts_of(documents, length).items()
+        for token, count in row.items()
     }
-    for bound in (0, 1, 17, 50, len(rank) - 1, len(rank), len(rank) + 1):
-        pruned = KatzModel.fit(documents, 9, max_trigrams=bound)
-        np.testing.assert_array_equal(
-            all_log_probs(pruned), all_log_probs(full.prune(max_trigrams=bound))
-        )
-        order = pruned._levels[2].order
-        kept = {(int(x) // 81, int(x) // 9 % 9, int(x) % 9) for x in order.ngrams}
-        assert len(kept) == pruned.sizes[2] == min(bound, len(rank))
-        dropped = rank.keys() - kept
-        if kept and dropped:
-            assert min(rank[x] for x in kept) >= max(rank[x] for x in dropped)
+
+
+def most_frequent(ranks, bound):
+    """The ``bound`` n-grams to keep; of those that tie for the last places, the last ones."""
+    return set(sorted(ranks, key=lambda x: (ranks[x], x))[max(0, len(ranks) - bound) :])
+
+
+def test_max_trigrams_keeps_the_most_frequent():
+    documents = zipf_documents(2, 9)
+    full, ranks = KatzModel.fit(documents, 9), ranked(documents, 3)
+    for bound in (0, 1, 17, 50, len(ranks) - 1, len(ranks), len(ranks) + 1):
+        pruned = full.prune(max_trigrams=bound)
+        assert held(pruned) == (held(full)[0], most_frequent(ranks, bound))
+        assert pruned.sizes[2] == min(bound, len(ranks))
         np.testing.assert_allclose(np.exp(all_log_probs(pruned)).sum(axis=1), 1, rtol=1e-14)
+
+
+def test_max_bigrams_drops_the_trigrams_that_end_in_them():
+    documents = zipf_documents(2, 9)
+    full, ranks, triples = KatzModel.fit(documents, 9), ranked(documents, 2), ranked(documents, 3)
+    for bound in (0, 1, 20, len(ranks) - 1, len(ranks) + 1):
+        pairs = most_frequent(ranks, bound)
+        left = {x: rank for x, rank in triples.items() if x[1:] in pairs}
+        assert held(full.prune(max_bigrams=bound)) == (pairs, set(left))
+        both = full.prune(max_bigrams=bound, max_trigrams=30, min_trigram_count=2)
+        left = {x: rank for x, rank in left.items() if rank[0] >= 2}
+        assert held(both) == (pairs, most_frequent(left, 30))
+        again = full.prune(max_bigrams=bound).prune(max_trigrams=30, min_trigram_count=2)
+        np.testing.assert_array_equal(all_log_probs(again), all_log_probs(both))
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora(), st.integers(0, 12), st.integers(0, 12))
+def test_pruned_models_equal_the_reference_and_sum_to_one(corpus, max_bigrams, max_trigrams):
+    documents, vocab_size = corpus
+    model = KatzModel.fit(documents, vocab_size).prune(
+        max_bigrams=max_bigrams, max_trigrams=max_trigrams
+    )
+    reference = ReferenceKatz(documents, vocab_size, kept=set.union(*held(model)))
+    for a, b in contexts(vocab_size):
+        got = np.exp(model.log_probs(a, b))
+        np.testing.assert_allclose(got, reference.distribution(known(a, b)), rtol=1e-11)
+        assert abs(got.sum() - 1) < 1e-14
+
+
+# ------------------------------------------------------------------------ bounded memory
+
+
+def assert_same_orders(model, other):
+    for one, two in zip(model._levels, other._levels, strict=True):
+        for field in dataclasses.fields(one.order):
+            x, y = getattr(one.order, field.name), getattr(two.order, field.name)
+            np.testing.assert_array_equal(x, y, err_msg=field.name)
+            assert np.asarray(x).dtype == np.asarray(y).dtype, field.name
+
+
+BOUND = st.none() | st.integers(0, 12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(corpora(), st.integers(1, 4000), BOUND, st.integers(1, 3), BOUND)
+def test_fit_in_little_memory_is_the_pruned_full_model(
+    corpus, memory_bytes, max_bigrams, min_count, max_trigrams
+):
+    """From a run for every token, merged one n-gram at a time, to a single run."""
+    documents, vocab_size = corpus
+    limits = dict(max_bigrams=max_bigrams, min_trigram_count=min_count, max_trigrams=max_trigrams)
+    pieces = (np.array(d, np.uint16) for d in documents)
+    small = KatzModel.fit(pieces, vocab_size, memory_bytes=memory_bytes, **limits)
+    full = KatzModel.fit(documents, vocab_size)
+    assert_same_orders(small, full.prune(**limits))
+    for rank, order in enumerate(level.order for level in full._levels):
+        counts = ranked(documents, rank + 1)
+        tuples = np.array(sorted(counts), np.int64).reshape(-1, rank + 1)
+        keys = tuples @ vocab_size ** np.arange(rank, -1, -1)
+        np.testing.assert_array_equal(order.ngrams, keys)
+        np.testing.assert_array_equal(order.counts, [counts[x][0] for x in sorted(counts)])
+
+
+@pytest.mark.parametrize("memory_bytes", [10_000, 60_000, 600_000])
+def test_longer_text_in_little_memory(memory_bytes):
+    documents = zipf_documents(8, 40, documents=20, length=800)
+    limits = dict(max_bigrams=400, max_trigrams=1000)
+    small = KatzModel.fit(documents, 40, memory_bytes=memory_bytes, **limits)
+    assert_same_orders(small, KatzModel.fit(documents, 40).prune(**limits))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 60), max_size=200), st.integers(1, 50), st.integers(1, 30),
+       st.integers(1, 12))  # fmt: skip
+def test_runs_are_merged_in_blocks_of_whole_quotients(values, capacity, size, width):
+    with contextlib.closing(runs.SortedRuns(capacity, None)) as counted:
+        counted.add(np.array(values, np.int64))
+        counted.finish()
+        blocks = list(counted.blocks(size, width))
+        for block, again in zip(blocks, counted.blocks(size, width), strict=True):
+            np.testing.assert_array_equal(block, again)
+    expected = collections.Counter(values)
+    if blocks:
+        merged, counts = map(np.concatenate, zip(*blocks, strict=True))
+        assert merged.tolist() == sorted(expected)
+        assert counts.tolist() == [expected[x] for x in sorted(expected)]
+    else:
+        assert not values
+    quotients = [set((block // width).tolist()) for block, _ in blocks]
+    assert sum(map(len, quotients)) == len(set().union(*quotients))
+    number = max(1, -(-len(values) // capacity))
+    assert all(0 < len(block) <= max(size, number) + number * width for block, _ in blocks)
+
+
+def test_levels_in_blocks_are_the_same(monkeypatch):
+    documents = zipf_documents(3, 30)
+    whole = KatzModel.fit(documents, 30, min_trigram_count=2)
+    monkeypatch.setattr(levels, "_BLOCK", 17)
+    parts = KatzModel.fit(documents, 30, min_trigram_count=2)
+    np.testing.assert_array_equal(all_log_probs(parts), all_log_probs(whole))
+
+
+SPILLING = 2000  # bytes of memory that hold 35 tokens
+
+
+def test_scratch_is_empty_afterwards_and_unused_by_short_texts(tmp_path):
+    documents = zipf_documents(8, 9)
+
+    def broken():
+        yield from documents
+        assert os.listdir(tmp_path) == [], "a file without a name"
+        yield [9]
+
+    KatzModel.fit(documents, 9, memory_bytes=SPILLING, scratch=tmp_path)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(DataError, match="outside 0 .. 8"):
+        KatzModel.fit(broken(), 9, memory_bytes=SPILLING, scratch=tmp_path)
+    assert os.listdir(tmp_path) == []
+    KatzModel.fit(documents, 9, scratch=tmp_path / "absent")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_scratch_is_named_with_what_it_lacks(tmp_path, monkeypatch):
+    full = lambda **_: open("/dev/full", "r+b", buffering=0)  # noqa: E731, SIM115
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DataError) as caught:
+        KatzModel.fit(zipf_documents(8, 9), 9, memory_bytes=SPILLING, scratch=tmp_path)
+    message = str(caught.value)
+    assert re.search(r"cannot write \d+ bytes", message) and "\n" not in message
+    assert str(tmp_path) in message and "No space left" in message and "memory_bytes" in message
+
+
+def test_missing_scratch_is_named(tmp_path):
+    with pytest.raises(DataError, match="absent.*No such file"):
+        KatzModel.fit(zipf_documents(8, 9), 9, memory_bytes=SPILLING, scratch=tmp_path / "absent")
+
+
+def test_texts_whose_counts_may_overflow_are_refused(monkeypatch):
+    monkeypatch.setattr(counting, "MAX_TOKENS", 10)
+    KatzModel.fit([[0] * 4, [1] * 6], 2)
+    with pytest.raises(DataError, match="more than 10 tokens"):
+        KatzModel.fit([[0] * 4, [1] * 7], 2)
+
+
+LARGE_FIT = """
+import numpy as np
+from ssd_jax.ngram import KatzModel
+
+def megabytes(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
+
+def documents():
+    rng = np.random.default_rng(0)
+    for _ in range(1200):
+        yield (rng.random(100_000) ** 3 * 8192).astype(np.uint16)
+
+before = megabytes("VmRSS")
+model = KatzModel.fit(
+    documents(), 8192, max_bigrams=2_000_000, max_trigrams=2_000_000, memory_bytes=256 << 20
+)
+contexts = sum(len(level.order.keys) for level in model._levels)
+print(before, megabytes("VmHWM"), sum(model.sizes), contexts)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+def test_120_million_tokens_take_the_memory_stated():
+    """Random text, nearly all of whose trigrams are distinct, as no real text's are."""
+    result = subprocess.run(
+        [sys.executable, "-c", LARGE_FIT], capture_output=True, text=True, check=True
+    )
+    before, peak, ngrams, contexts = map(float, result.stdout.split())
+    assert ngrams > 3_000_000
+    assert peak - before < 256 + (25 * ngrams + 70 * contexts) / 2**20 + 32
+
+
+# ------------------------------------------------------------------------------ hit rates
+
+
+@settings(max_examples=30, deadline=None)
+@given(corpora(), corpora(), st.integers(1, 8))
+def test_hit_rates_equal_the_slow_ones(corpus, other, branch):
+    documents, vocab_size = corpus
+    model, reference = KatzModel.fit(documents, vocab_size), ReferenceKatz(documents, vocab_size)
+    held_out = [[t % vocab_size for t in d] for d in other[0]] + [[0]]
+    tables, rates = model.tables(branch), model.hit_rates(held_out, branch)
+    surely, maybe, exactly, total = np.zeros(branch), np.zeros(branch), np.zeros(branch), 0
+    for document in held_out:
+        for a, b, c in zip([-1, -1, *document], [-1, *document], document, strict=False):
+            best = np.asarray(tables.look_up(jnp.int32(a), jnp.int32(b))[0])[:vocab_size]
+            exactly[: len(best)] += best == c
+            p = np.array(reference.distribution(known(a, b)))
+            # Tokens that the reference finds equally likely may stand in any order.
+            above, equal = (p > p[c] * (1 + 1e-9)).sum(), (p >= p[c] * (1 - 1e-9)).sum()
+            maybe += np.arange(branch) >= above
+            surely += np.arange(branch) >= equal - 1
+            total += 1
+    np.testing.assert_allclose(rates, np.cumsum(exactly) / total, rtol=1e-15)
+    assert np.all(surely <= rates * total + 1e-9) and np.all(rates * total <= maybe + 1e-9)
+    if branch >= vocab_size:
+        assert math.isclose(rates[-1], 1)
 
 
 # ------------------------------------------------------------------------ device tables
@@ -493,6 +712,7 @@ DAMAGE = {
     "keys not ascending": (swapping("trigram.keys"), "keys are not ascending"),
     "key outside V": (setting("trigram.keys", -1, 64), "keys exceed"),
     "unigram key": (setting("unigram.keys", 0, 1), "unigram keys exceed"),
+    "sum beyond 32 bits": (setting("unigram.large_counts", 0, 2**32 - 1), "exceed 32 bits"),
     "zero count": (setting("trigram.counts", 0, 0), "counts are not positive"),
     "lost large count": (cutting("trigram.large_counts"), "do not fit together"),
     "small large count": (setting("trigram.large_counts", 0, 3), "do not fit together"),
@@ -553,16 +773,22 @@ def test_bad_settings_are_refused():
         with pytest.raises(ConfigError, match="vocab_size"):
             KatzModel.fit([[0]], vocab_size)
     model = KatzModel.fit([[0, 1, 2]], 3)
-    with pytest.raises(ConfigError, match="chunk_tokens"):
-        KatzModel.fit([[0]], 3, chunk_tokens=0)
+    with pytest.raises(ConfigError, match="memory_bytes"):
+        KatzModel.fit([[0]], 3, memory_bytes=0)
     with pytest.raises(ConfigError, match="min_trigram_count"):
         model.prune(min_trigram_count=0)
     with pytest.raises(ConfigError, match="max_trigrams"):
         model.prune(max_trigrams=-1)
+    with pytest.raises(ConfigError, match="max_bigrams"):
+        model.prune(max_bigrams=-1)
     with pytest.raises(ConfigError, match="branch"):
         model.tables(0)
+    with pytest.raises(ConfigError, match="branch"):
+        model.hit_rates([[0]], 0)
     for pair in ((0, 3), (-2, 0), (3, 0)):
         with pytest.raises(DataError, match="context"):
             model.log_probs(*pair)
     with pytest.raises(DataError, match="at least one token"):
         model.perplexity([[]])
+    with pytest.raises(DataError, match="at least one token"):
+        model.hit_rates([[]], 2)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from ssd_jax.errors import DataError
-from ssd_jax.ngram.levels import Order, new_order, row_sums
+from ssd_jax.ngram.cutoff import Cutoff, Limits
+from ssd_jax.ngram.discounts import katz_discounts
+from ssd_jax.ngram.levels import Order, join, new_order
+from ssd_jax.ngram.runs import Counts, SortedRuns, count_distinct, merge_counts
 
 MAX_VOCAB_SIZE = 65536  # a * V + b must fit in uint32
+MAX_TOKENS = 2**32 - 1  # counts are uint32
+_PIECE = 1 << 17  # tokens taken from the documents at a time
+# Memory for each token in the buffers of SortedRuns: 8 bytes in either, and 33 while one is
+# counted next to what the other has counted, 12.
+_TOKEN_BYTES = 56
+_MERGE_BYTES = 128  # for each n-gram merged at a time, where it is ranked and selected
 _END = np.array([-1], np.int64)  # follows every document
 
 
@@ -38,7 +49,7 @@ def _pieces(documents: Iterable[Any], vocab_size: int, size: int) -> Iterator[np
         yield _END
 
 
-def trigrams(
+def token_triples(
     documents: Iterable[Any], vocab_size: int, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Every token ``c`` with its predecessors ``a, b``, -1 where the document has none.
@@ -58,39 +69,79 @@ def trigrams(
             pending, held = [stream[-2:]], 0
 
 
-class _Tally:
-    """Counts integers fed in batches; holds O(distinct) numbers, each merged O(log) times."""
+def count_ngrams(
+    documents: Iterable[Any],
+    vocab_size: int,
+    limits: tuple[Limits, Limits],
+    memory_bytes: int,
+    scratch: str | os.PathLike[str] | None,
+) -> list[Order]:
+    """The orders of :meth:`KatzModel.fit`; ``limits`` are those on bigrams and on trigrams."""
+    capacity = max(1, memory_bytes // _TOKEN_BYTES)
+    unigrams, length = np.zeros(vocab_size, np.int64), 0
+    with contextlib.ExitStack() as stack:
+        bigrams, trigrams = (
+            stack.enter_context(contextlib.closing(SortedRuns(capacity, scratch))) for _ in range(2)
+        )
+        for a, b, c in token_triples(documents, vocab_size, min(capacity, _PIECE)):
+            known = c >= 0
+            unigrams += np.bincount(c[known], minlength=vocab_size)
+            length += int(known.sum())
+            if length > MAX_TOKENS:
+                raise DataError(
+                    f"the text has more than {MAX_TOKENS:,} tokens, so that a count may exceed "
+                    "32 bits; fit the model on less text"
+                )
+            known &= b >= 0
+            bigrams.add((b * vocab_size + c)[known])
+            known &= a >= 0
+            trigrams.add(((a * vocab_size + b) * vocab_size + c)[known])
+        bigrams.finish()
+        trigrams.finish()
+        seen = np.flatnonzero(unigrams)
+        counts = unigrams[seen].astype(np.uint32)
+        frequencies = count_distinct(counts.copy())
+        orders = [join([new_order(0, vocab_size, seen, counts)], _discounts(frequencies))]
+        block = max(1, memory_bytes // _MERGE_BYTES)
+        pruned = None
+        for rank, (runs, bounds) in enumerate(zip((bigrams, trigrams), limits, strict=True), 1):
+            orders.append(_merge(rank, vocab_size, runs, block, bounds, pruned))
+            pruned = None if bounds.max_ngrams is None else orders[-1]
+            runs.close()
+        return orders
 
-    def __init__(self):
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def add(self, values: np.ndarray) -> None:
-        self._runs.append(np.unique(values, return_counts=True))
-        while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
-            self._merge()
+def _merge(
+    rank: int,
+    vocab_size: int,
+    runs: SortedRuns,
+    size: int,
+    limits: Limits,
+    lower: Order | None,
+) -> Order:
+    """What ``limits`` leave of one order, merged ``size`` n-grams at a time.
 
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct values, ascending, and their counts, both int64."""
-        while len(self._runs) > 1:
-            self._merge()
-        return self._runs[0]
+    Its n-grams end in those of ``lower``, if the order below has lost some.
+    """
+    none = np.zeros(0, np.int64), np.zeros(0, np.uint32)
 
-    def _merge(self) -> None:
-        (x, x_counts), (y, y_counts) = self._runs.pop(), self._runs.pop()
-        values, counts = np.concatenate([x, y]), np.concatenate([x_counts, y_counts])
-        order = np.argsort(values, kind="stable")
-        values = values[order]
-        first = np.flatnonzero(np.diff(values, prepend=-1))
-        self._runs.append((values[first], row_sums(counts[order], np.append(first, len(values)))))
+    def blocks() -> Iterator[Order]:
+        for ngrams, counts in runs.blocks(size, vocab_size):
+            yield new_order(rank, vocab_size, ngrams, counts)
+
+    ranked = none
+    if limits.max_ngrams is not None:
+        for block in blocks():
+            ranked = merge_counts([ranked, count_distinct(block.ranks(lower))])
+    cutoff = Cutoff(limits, ranked)
+    kept, frequencies = [new_order(rank, vocab_size, *none)], none
+    for block in blocks():
+        frequencies = merge_counts([frequencies, count_distinct(block.counts.copy())])
+        kept.append(block.prune(cutoff.keep(block.ranks(lower))))
+    return join(kept, _discounts(frequencies))
 
 
-def count_ngrams(documents: Iterable[Any], vocab_size: int, chunk_tokens: int) -> list[Order]:
-    tallies = [_Tally() for _ in range(3)]
-    for a, b, c in trigrams(documents, vocab_size, chunk_tokens):
-        known = c >= 0
-        tallies[0].add(c[known])
-        known &= b >= 0
-        tallies[1].add((b * vocab_size + c)[known])
-        known &= a >= 0
-        tallies[2].add(((a * vocab_size + b) * vocab_size + c)[known])
-    return [new_order(rank, vocab_size, *tally.result()) for rank, tally in enumerate(tallies)]
+def _discounts(frequencies: Counts) -> np.ndarray:
+    """Katz's discounts, given the counts met and how many n-grams have each."""
+    counts, numbers = (x.astype(np.int64) for x in frequencies)
+    return katz_discounts(counts, numbers)

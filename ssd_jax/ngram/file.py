@@ -47,7 +47,7 @@ def _pack(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _unpack(codes: np.ndarray, large: np.ndarray, what: str) -> np.ndarray:
     escaped = codes == 255
     _require(len(large) == escaped.sum() and np.all(large >= 255), f"{what} do not fit together")
-    values = codes.astype(np.int64)
+    values = codes.astype(np.uint32)
     values[escaped] = large
     return values
 
@@ -149,6 +149,8 @@ def _from_tensors(rank: int, vocab_size: int, name: str, x: dict[str, np.ndarray
     proper = len(discounts) == MAX_DISCOUNTED and np.all((discounts > 0) & (discounts <= 1))
     _require(proper, f"{name} discounts are not {MAX_DISCOUNTED} numbers in (0, 1]")
     totals = row_sums(counts, offsets) + pruned
+    _require(np.all(totals < 2**32), f"{name} totals exceed 32 bits")
+    totals = totals.astype(np.uint32)
     return Order(rank, vocab_size, keys, offsets, ngrams, counts, totals, discounts)
 
 

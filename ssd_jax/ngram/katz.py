@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from ssd_jax.errors import CheckpointError, ConfigError, DataError
-from ssd_jax.ngram.counting import MAX_VOCAB_SIZE, count_ngrams, trigrams
+from ssd_jax.ngram.counting import MAX_VOCAB_SIZE, count_ngrams, token_triples
+from ssd_jax.ngram.cutoff import Cutoff, Limits
 from ssd_jax.ngram.file import DamageError, read_orders, write_orders
 from ssd_jax.ngram.levels import Level, Order, find_keys, new_level
-from ssd_jax.ngram.tables import NGramTables, compile_tables
+from ssd_jax.ngram.runs import count_distinct
+from ssd_jax.ngram.tables import NGramTables, compile_tables, rank
 
 
 class KatzModel:
@@ -34,55 +36,75 @@ class KatzModel:
         documents: Iterable[Any],
         vocab_size: int,
         *,
+        max_bigrams: int | None = None,
         min_trigram_count: int = 1,
         max_trigrams: int | None = None,
-        chunk_tokens: int = 1 << 21,
+        memory_bytes: int = 1 << 30,
+        scratch: str | os.PathLike[str] | None = None,
     ) -> KatzModel:
         """Count ``documents`` and estimate Katz's model.
+
+        The result is that of :meth:`prune` on the model of all n-grams, which need not fit into
+        memory. However long the text, ``fit`` takes at most ``memory_bytes`` plus 25 bytes for
+        each n-gram and 70 for each context that it keeps, and some 30 MB; the documents come on
+        top, unless they are generated.
 
         Args:
           documents: 1-D integer arrays (or lists), read once; no n-gram crosses documents.
           vocab_size: V.
-          min_trigram_count, max_trigrams: see :meth:`prune`.
-          chunk_tokens: tokens counted at a time. Besides the documents themselves, memory is
-            some 200 bytes for each of these plus some 100 for each distinct n-gram, however
-            long the text.
+          max_bigrams, min_trigram_count, max_trigrams: see :meth:`prune`.
+          memory_bytes: for counting. A text below ``memory_bytes / 56`` tokens is counted in
+            memory, a longer one in parts that are written to ``scratch``: at most 24 bytes a
+            token, some 5 to 10 with natural text.
+          scratch: folder of two temporary files, which have no name and never outlive the call;
+            None for the system's temporary folder.
 
         Raises:
           ConfigError: ``vocab_size`` is not in 1 .. 65536, or a bound is out of range.
-          DataError: a document is not 1-D, not integer, or holds a token outside ``[0, V)``.
+          DataError: a document is not 1-D, not integer, or holds a token outside ``[0, V)``;
+            there are 2**32 tokens or more; or ``scratch`` cannot be written, or is full.
         """
         if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
             raise ConfigError(
                 f"vocab_size {vocab_size} is outside 1 .. {MAX_VOCAB_SIZE}; "
                 "an n-gram stage needs a smaller vocabulary, or leave it out"
             )
-        if chunk_tokens < 1:
-            raise ConfigError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
-        _check_cutoff(min_trigram_count, max_trigrams)
-        unigrams, bigrams, trigrams = count_ngrams(documents, vocab_size, chunk_tokens)
-        keep = _cutoff(trigrams, min_trigram_count, max_trigrams)
-        return cls([unigrams, bigrams, trigrams.prune(keep)])
+        if memory_bytes < 1:
+            raise ConfigError(f"memory_bytes must be at least 1, not {memory_bytes}")
+        limits = _limits(max_bigrams, min_trigram_count, max_trigrams)
+        return cls(count_ngrams(documents, vocab_size, limits, memory_bytes, scratch))
 
-    def prune(self, *, min_trigram_count: int = 1, max_trigrams: int | None = None) -> KatzModel:
-        """A smaller model: rare trigrams are treated as unseen.
+    def prune(
+        self,
+        *,
+        max_bigrams: int | None = None,
+        min_trigram_count: int = 1,
+        max_trigrams: int | None = None,
+    ) -> KatzModel:
+        """A smaller model: rare bigrams and trigrams are treated as unseen.
 
         Their mass goes to the back-off of their context (Katz's cut-off), and the discounts of
         the full counts stay, so every context still sums to 1. A file takes 3 bytes for each
         n-gram and 9 for each context, and a little more where counts exceed 254.
 
         Args:
+          max_bigrams: keep at most so many, those of the highest counts; among equal counts
+            those with the largest share of their context. Trigrams that end in a bigram dropped
+            are dropped too.
           min_trigram_count: the lowest count kept.
-          max_trigrams: keep at most so many, those of the highest counts; among equal counts
-            those with the largest share of their context.
+          max_trigrams: as ``max_bigrams``, of the trigrams that are left.
 
         Raises:
-          ConfigError: ``min_trigram_count`` is below 1 or ``max_trigrams`` below 0.
+          ConfigError: ``min_trigram_count`` is below 1, or another bound below 0.
         """
-        _check_cutoff(min_trigram_count, max_trigrams)
-        unigrams, bigrams, trigrams = (level.order for level in self._levels)
-        keep = _cutoff(trigrams, min_trigram_count, max_trigrams)
-        return KatzModel([unigrams, bigrams, trigrams.prune(keep)])
+        limits = _limits(max_bigrams, min_trigram_count, max_trigrams)
+        orders, pruned = [self._levels[0].order], None
+        for level, bounds in zip(self._levels[1:], limits, strict=True):
+            ranks = level.order.ranks(pruned)
+            cutoff = Cutoff(bounds, count_distinct(ranks.copy()))
+            orders.append(level.order.prune(cutoff.keep(ranks)))
+            pruned = None if bounds.max_ngrams is None else orders[-1]
+        return KatzModel(orders)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -108,7 +130,7 @@ class KatzModel:
             if found:
                 seen = slice(level.order.offsets[row], level.order.offsets[row + 1])
                 probabilities *= level.backoff[row]
-                probabilities[level.order.ngrams[seen] % size] = level.probabilities[seen]
+                probabilities[level.order.ngrams[seen] % size] = level.probabilities(seen, row)
         return np.log(probabilities)
 
     def perplexity(self, documents: Iterable[Any]) -> float:
@@ -120,13 +142,46 @@ class KatzModel:
           DataError: there is no token, or a document is one that :meth:`fit` refuses.
         """
         total, count = 0.0, 0
-        for a, b, c in trigrams(documents, self.vocab_size, 1 << 20):
-            known = c >= 0
-            total += np.log(self._probabilities(a[known], b[known], c[known])).sum()
-            count += int(known.sum())
+        for a, b, c in self._triples(documents):
+            total += np.log(self._probabilities(a, b, c)).sum()
+            count += len(c)
         if not count:
             raise DataError("perplexity needs at least one token; pass non-empty documents")
         return float(np.exp(-total / count))
+
+    def hit_rates(self, documents: Iterable[Any], branch: int) -> np.ndarray:
+        """How often the next token is among the likeliest, as :meth:`tables` ranks them.
+
+        Each token is predicted from its (up to two) predecessors in its document.
+
+        Returns:
+          float64 ``[branch]``: at ``i`` the share of tokens among the best ``i + 1``.
+
+        Raises:
+          ConfigError: ``branch`` is below 1.
+          DataError: there is no token, or a document is one that :meth:`fit` refuses.
+        """
+        _check_branch(branch)
+        kept = min(branch, self.vocab_size)
+        tables = [ranking.tokens[ranking.best(kept)] for ranking in rank(self._levels, kept)]
+        hits, count = np.zeros(branch), 0
+        for a, b, c in self._triples(documents):
+            best = np.empty((len(c), kept), np.int32)
+            keys = _context_keys(a, b, self.vocab_size)
+            for level, table, key in zip(self._levels, tables, keys, strict=True):
+                row, found = find_keys(level.order.keys, key)
+                best[found] = table[row[found]]
+            hits[:kept] += (best == c[:, None]).sum(axis=0)
+            count += len(c)
+        if not count:
+            raise DataError("hit rates need at least one token; pass non-empty documents")
+        return np.cumsum(hits) / count
+
+    def _triples(self, documents: Iterable[Any]) -> Iterator[tuple[np.ndarray, ...]]:
+        """Each token ``c`` with its predecessors ``a, b`` (-1: none), some 100,000 at a time."""
+        for a, b, c in token_triples(documents, self.vocab_size, 1 << 17):
+            known = c >= 0
+            yield a[known], b[known], c[known]
 
     def _probabilities(self, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         """``P(c | a, b)`` for int64 arrays of one shape."""
@@ -135,7 +190,7 @@ class KatzModel:
             row, found = find_keys(level.order.keys, keys)
             probabilities[found] *= level.backoff[row[found]]
             entry, seen = find_keys(level.order.ngrams, keys * self.vocab_size + c)
-            probabilities[seen] = level.probabilities[entry[seen]]
+            probabilities[seen] = level.probabilities(entry[seen], row[seen])
         return probabilities
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -165,8 +220,7 @@ class KatzModel:
         Raises:
           ConfigError: ``branch`` is below 1.
         """
-        if branch < 1:
-            raise ConfigError(f"branch must be at least 1, not {branch}")
+        _check_branch(branch)
         return compile_tables(self._levels, branch)
 
 
@@ -177,18 +231,18 @@ def _context_keys(a: Any, b: Any, vocab_size: int) -> tuple[Any, Any, Any]:
     return np.zeros_like(b), b, np.where(known, a * vocab_size + b, -1)
 
 
-def _check_cutoff(min_count: int, max_ngrams: int | None) -> None:
-    if min_count < 1:
-        raise ConfigError(f"min_trigram_count must be at least 1, not {min_count}")
-    if max_ngrams is not None and max_ngrams < 0:
-        raise ConfigError(f"max_trigrams must be at least 0, not {max_ngrams}")
+def _check_branch(branch: int) -> None:
+    if branch < 1:
+        raise ConfigError(f"branch must be at least 1, not {branch}")
 
 
-def _cutoff(order: Order, min_count: int, max_ngrams: int | None) -> np.ndarray:
-    """Bool ``[G]``: the n-grams that stay."""
-    keep = order.counts >= min_count
-    if max_ngrams is not None and max_ngrams < keep.sum():
-        shares = order.counts / order.totals[order.rows]
-        rarest = np.lexsort((shares, order.counts))[: len(keep) - max_ngrams]
-        keep[rarest] = False
-    return keep
+def _limits(
+    max_bigrams: int | None, min_trigram_count: int, max_trigrams: int | None
+) -> tuple[Limits, Limits]:
+    """The checked bounds on bigrams and on trigrams."""
+    if min_trigram_count < 1:
+        raise ConfigError(f"min_trigram_count must be at least 1, not {min_trigram_count}")
+    for name, bound in (("max_bigrams", max_bigrams), ("max_trigrams", max_trigrams)):
+        if bound is not None and bound < 0:
+            raise ConfigError(f"{name} must be at least 0, not {bound}")
+    return Limits(1, max_bigrams), Limits(min_trigram_count, max_trigrams)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from ssd_jax.ngram.discounts import katz_discounts
+from ssd_jax.ngram import cutoff
+
+_BLOCK = 1 << 17  # n-grams for which intermediate results are held at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
     """Counts of the n-grams of one order, in rows by context (CSR).
+
+    Takes 12 bytes for each n-gram and 20 for each context.
 
     Attributes:
       rank: tokens in a context: 0 for unigrams, 2 for trigrams.
@@ -20,9 +26,9 @@ class Order:
       keys: ``[R]`` int64, contexts, ascending; the unigrams have the one context 0.
       offsets: ``[R + 1]`` int64, first n-gram of each row.
       ngrams: ``[G]`` int64, ``key * V + token``, ascending.
-      counts: ``[G]`` int64, positive.
-      totals: ``[R]`` int64, n-grams counted in the context, those since pruned included.
-      discounts: ``[k]`` float64.
+      counts: ``[G]`` uint32, positive.
+      totals: ``[R]`` uint32, n-grams counted in the context, those since pruned included.
+      discounts: ``[k]`` float64; none while n-grams are still being counted.
     """
 
     rank: int
@@ -34,15 +40,10 @@ class Order:
     totals: np.ndarray
     discounts: np.ndarray
 
-    @functools.cached_property
+    @property
     def lengths(self) -> np.ndarray:
-        """``[R]``, distinct continuations seen in each context."""
+        """``[R]``, distinct continuations held of each context."""
         return np.diff(self.offsets)
-
-    @functools.cached_property
-    def rows(self) -> np.ndarray:
-        """``[G]``, the row of each n-gram."""
-        return np.repeat(np.arange(len(self.keys)), self.lengths)
 
     @property
     def suffix_keys(self) -> np.ndarray:
@@ -59,11 +60,25 @@ class Order:
         """``[R]`` int64, how many of ``totals`` belong to pruned n-grams."""
         return self.totals - row_sums(self.counts, self.offsets)
 
-    @property
-    def discounted(self) -> np.ndarray:
-        """``[G]`` float64, ``d_r r`` of every count ``r``."""
-        low = np.minimum(self.counts, len(self.discounts)) - 1
-        return self.counts * np.where(self.counts <= len(self.discounts), self.discounts[low], 1.0)
+    def blocks(self) -> Iterator[tuple[Order, slice]]:
+        """The order in parts of whole rows, about 100,000 n-grams each, and the rows."""
+        for rows in cut_rows(self.offsets, _BLOCK):
+            own = slice(self.offsets[rows.start], self.offsets[rows.stop])
+            part = dataclasses.replace(
+                self,
+                keys=self.keys[rows],
+                offsets=self.offsets[rows.start : rows.stop + 1] - own.start,
+                ngrams=self.ngrams[own],
+                counts=self.counts[own],
+                totals=self.totals[rows],
+            )
+            yield part, rows
+
+    def discounted(self, entries: Any) -> np.ndarray:
+        """Float64, ``d_r r`` of the counts ``r`` at ``entries``, any index into ``[G]``."""
+        counts, highest = self.counts[entries], len(self.discounts)
+        low = np.minimum(counts, highest) - 1
+        return counts * np.where(counts <= highest, self.discounts[low], 1.0)
 
     def classes(self, counts: np.ndarray) -> np.ndarray:
         """Sum ``counts`` (``[G]``, positive) by row.
@@ -74,7 +89,8 @@ class Order:
         """
         columns = len(self.discounts) + 1
         low = counts < columns
-        cells = self.rows * columns + np.where(low, counts, 0)
+        rows = np.repeat(np.arange(len(self.keys)), self.lengths)
+        cells = rows * columns + np.where(low, counts, 0)
         sums = np.bincount(cells, np.where(low, 1, counts), minlength=len(self.keys) * columns)
         return sums.reshape(len(self.keys), columns)
 
@@ -88,9 +104,20 @@ class Order:
         r = np.arange(1, len(self.discounts) + 1)
         return (classes[:, 1:] * ((1.0 - self.discounts) * r)).sum(axis=1)
 
+    def ranks(self, lower: Order | None) -> np.ndarray:
+        """``[G]`` uint64, see :func:`cutoff.ranks`; 0 where the suffix is not in ``lower``.
+
+        Back-off needs the suffix: an n-gram cannot outlive it. None says that none is missing.
+        """
+        ranks = cutoff.ranks(self.counts, np.repeat(self.totals, self.lengths))
+        if lower is not None:
+            _, found = find_keys(lower.ngrams, self.suffix_ngrams)
+            ranks[~found] = 0
+        return ranks
+
     def prune(self, keep: np.ndarray) -> Order:
         """Without the n-grams where ``keep`` ``[G]`` is False; totals and discounts stay."""
-        lengths = np.bincount(self.rows[keep], minlength=len(self.keys))
+        lengths = np.diff(row_offsets(keep)[self.offsets])
         stays = lengths > 0
         return dataclasses.replace(
             self,
@@ -110,6 +137,13 @@ def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.diff(row_offsets(values)[offsets])
 
 
+def cut_rows(offsets: np.ndarray, size: int) -> list[slice]:
+    """Rows in groups that hold about ``size`` entries; ``offsets`` ``[R + 1]`` as in Order."""
+    starts = np.searchsorted(offsets, np.arange(size, offsets[-1], size), side="right") - 1
+    cuts = np.unique(np.concatenate([[0], starts, [len(offsets) - 1]])).tolist()
+    return [slice(*cut) for cut in itertools.pairwise(cuts)]
+
+
 def find_keys(haystack: np.ndarray, needles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Position of each needle in the ascending ``haystack``, and whether it is there."""
     if not len(haystack):
@@ -119,27 +153,38 @@ def find_keys(haystack: np.ndarray, needles: np.ndarray) -> tuple[np.ndarray, np
 
 
 def new_order(rank: int, vocab_size: int, ngrams: np.ndarray, counts: np.ndarray) -> Order:
-    """Rows and discounts of ascending n-grams."""
-    contexts = ngrams // vocab_size
-    first = np.flatnonzero(np.diff(contexts, prepend=-1))
-    keys, offsets = contexts[first], np.append(first, len(ngrams))
+    """Rows of ascending n-grams and their uint32 counts, without discounts."""
     if rank == 0:  # one context, even if no token was seen
         keys, offsets = np.zeros(1, np.int64), np.array([0, len(ngrams)])
-    totals = row_sums(counts, offsets)
-    discounts = katz_discounts(*np.unique(counts, return_counts=True))
-    return Order(rank, vocab_size, keys, offsets, ngrams, counts, totals, discounts)
+    else:
+        contexts = ngrams // vocab_size
+        first = np.flatnonzero(np.diff(contexts, prepend=-1))
+        keys, offsets = contexts[first], np.append(first, len(ngrams))
+    totals = row_sums(counts, offsets).astype(np.uint32)
+    return Order(rank, vocab_size, keys, offsets, ngrams, counts, totals, np.zeros(0))
+
+
+def join(parts: list[Order], discounts: np.ndarray) -> Order:
+    """One order from one or more, whose contexts ascend from part to part."""
+    rank, vocab_size = parts[0].rank, parts[0].vocab_size
+    keys, lengths, ngrams, counts, totals = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("keys", "lengths", "ngrams", "counts", "totals")
+    )
+    return Order(rank, vocab_size, keys, row_offsets(lengths), ngrams, counts, totals, discounts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Level:
     """One order with its probabilities.
 
+    Takes 28 bytes for each context besides those of the order.
+
     Attributes:
       order: the counts.
-      parents: ``[R]`` row of each context's suffix in the level below.
+      parents: ``[R]`` int32, row of each context's suffix in the level below.
       left: ``[R]`` float64, mass of the unseen continuations, in counts.
       norms: ``[R]`` float64, mass of all continuations, in counts.
-      probabilities: ``[G]`` float64, of the seen n-grams.
       backoff: ``[R]`` float64, ``alpha``.
     """
 
@@ -147,31 +192,47 @@ class Level:
     parents: np.ndarray
     left: np.ndarray
     norms: np.ndarray
-    probabilities: np.ndarray
     backoff: np.ndarray
+
+    def probabilities(self, entries: Any, rows: np.ndarray | int) -> np.ndarray:
+        """Float64, of the seen n-grams at ``entries``, any index into ``[G]``, in their rows."""
+        return self.order.discounted(entries) / self.norms[rows]
 
 
 def new_level(order: Order, below: Level | None) -> Level:
-    """Katz's probabilities and back-off weights of one order.
+    """Katz's back-off weights of one order.
 
     Nothing is formed as "1 minus what was seen": where a context has seen nearly all of its
     suffix's mass, as is common, that would leave little but rounding error in ``alpha``.
     """
-    classes = order.classes(order.counts)
-    full = order.lengths == order.vocab_size
-    left = order.freed(classes) + order.pruned_mass
-    left = np.where(full, 0.0, np.where(left == 0.0, 1.0, left))
-    norms = order.kept(classes) + left
-    if below is None:
-        parents = np.zeros(len(order.keys), np.int64)
-        unseen = (order.vocab_size - order.lengths) / order.vocab_size
-    else:
-        parents, unseen = _unseen_mass(order, below)
-    backoff = np.divide(left / norms, unseen, out=np.zeros(len(left)), where=~full)
-    return Level(order, parents, left, norms, order.discounted / norms[order.rows], backoff)
+    parents = np.zeros(len(order.keys), np.int32)
+    left, norms, backoff = (np.zeros(len(order.keys)) for _ in range(3))
+    suffix_classes = None if below is None else _classes(below.order)
+    for part, rows in order.blocks():
+        classes, lengths = part.classes(part.counts), part.lengths
+        full = lengths == order.vocab_size
+        mass = part.freed(classes) + part.pruned_mass
+        left[rows] = np.where(full, 0.0, np.where(mass == 0.0, 1.0, mass))
+        norms[rows] = part.kept(classes) + left[rows]
+        if below is None or suffix_classes is None:
+            unseen = (order.vocab_size - lengths) / order.vocab_size
+        else:
+            parents[rows], unseen = _unseen_mass(part, below, suffix_classes)
+        np.divide(left[rows] / norms[rows], unseen, out=backoff[rows], where=~full)
+    return Level(order, parents, left, norms, backoff)
 
 
-def _unseen_mass(order: Order, below: Level) -> tuple[np.ndarray, np.ndarray]:
+def _classes(order: Order) -> np.ndarray:
+    """:meth:`Order.classes` of an order's own counts, block by block."""
+    classes = np.zeros((len(order.keys), len(order.discounts) + 1))
+    for part, rows in order.blocks():
+        classes[rows] = part.classes(part.counts)
+    return classes
+
+
+def _unseen_mass(
+    order: Order, below: Level, suffix_classes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Row of each context's suffix, and the mass the suffix gives to tokens unseen here.
 
     Whatever was seen here was also seen after the suffix, so that mass is what belongs to
@@ -180,6 +241,5 @@ def _unseen_mass(order: Order, below: Level) -> tuple[np.ndarray, np.ndarray]:
     lower = below.order
     parents, _ = find_keys(lower.keys, order.suffix_keys)
     entries, _ = find_keys(lower.ngrams, order.suffix_ngrams)
-    in_suffix = lower.classes(lower.counts)[parents]
-    only_there = lower.kept(in_suffix - order.classes(lower.counts[entries]))
+    only_there = lower.kept(suffix_classes[parents] - order.classes(lower.counts[entries]))
     return parents, (only_there + below.left[parents]) / below.norms[parents]

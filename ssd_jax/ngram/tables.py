@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
@@ -11,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssd_jax.ngram.levels import Level, find_keys, row_offsets
+from ssd_jax.ngram.levels import Level, cut_rows, find_keys, row_offsets
 
 _BUCKET_KEYS = 15  # with the first row of the bucket, 64 bytes: one cache line
-_BLOCK = 1 << 20  # candidates ranked at a time
+# Candidates ranked at a time, a row too many at most. So few stay in the processor's cache, and
+# even with 3 V of one row they are fewer than 2**21.
+_BLOCK = 1 << 15
 
 
 @jax.tree_util.register_dataclass
@@ -123,12 +124,12 @@ def hash_table(keys: np.ndarray) -> tuple[np.ndarray, np.uint32, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ranking:
+class Ranking:
     """The most probable tokens of every context of one level, best first, ties by token.
 
     Attributes:
       offsets: ``[R + 1]`` int64, first entry of each row.
-      tokens: int64, all rows one after the other.
+      tokens: int32, all rows one after the other.
       probabilities: float64, likewise.
     """
 
@@ -136,77 +137,107 @@ class _Ranking:
     tokens: np.ndarray
     probabilities: np.ndarray
 
+    def best(self, count: int) -> np.ndarray:
+        """``[R, count]`` int64, the first ``count`` entries of every row; none may be shorter."""
+        return self.offsets[:-1, None] + np.arange(count)
 
-def compile_tables(levels: list[Level], branch: int) -> NGramTables:
+
+def rank(levels: list[Level], count: int) -> list[Ranking]:
+    """The best tokens of every context of every level, at least ``count``, which is at most V."""
     unigrams, bigrams, trigrams = levels
     size = unigrams.order.vocab_size
-    kept = min(branch, size)
     # A trigram context takes its unseen candidates from the ranking of its suffix, where all
     # that it has seen itself may stand before them.
-    wanted = np.full(len(bigrams.order.keys), kept)
-    np.maximum.at(wanted, trigrams.parents, kept + trigrams.order.lengths)
-    uniform = _Ranking(np.array([0, size]), np.arange(size), np.full(size, 1.0 / size))
+    wanted = np.full(len(bigrams.order.keys), count)
+    np.maximum.at(wanted, trigrams.parents, count + trigrams.order.lengths)
+    uniform = Ranking(
+        np.array([0, size]), np.arange(size, dtype=np.int32), np.full(size, 1.0 / size)
+    )
     first = _rank(unigrams, uniform, np.array([size]))
     second = _rank(bigrams, first, np.minimum(wanted, size))
-    third = _rank(trigrams, second, np.full(len(trigrams.order.keys), kept))
-    buckets, salt, order = hash_table(trigrams.order.keys.astype(np.uint32))
+    third = _rank(trigrams, second, np.full(len(trigrams.order.keys), count))
+    return [first, second, third]
 
-    def table(values: str, fill: float) -> np.ndarray:
-        top, middle, bottom = (getattr(x, values) for x in (first, second, third))
-        rows = np.full((len(order) + size + 1, branch), fill, top.dtype)
-        rows[: len(order), :kept] = bottom.reshape(-1, kept)[order]
-        rows[len(order) :, :kept] = top[:kept]
-        best = second.offsets[:-1, None] + np.arange(kept)
-        rows[len(order) + bigrams.order.keys, :kept] = middle[best]
-        return rows
 
-    with np.errstate(divide="ignore"):
-        log_probs = np.log(table("probabilities", 0.0)).astype(np.float32)
+def compile_tables(levels: list[Level], branch: int) -> NGramTables:
+    size = levels[0].order.vocab_size
+    kept = min(branch, size)
+    first, second, third = rank(levels, kept)
+    buckets, salt, order = hash_table(levels[2].order.keys.astype(np.uint32))
+    tokens = np.zeros((len(order) + size + 1, branch), np.int32)
+    log_probs = np.full(tokens.shape, -np.inf, np.float32)
+    # Alone, a token without a row of its own has the continuations of no context at all.
+    for rows, ranking, best in (
+        (slice(len(order)), third, third.best(kept)[order]),
+        (slice(len(order), None), first, first.best(kept)),
+        (len(order) + levels[1].order.keys, second, second.best(kept)),
+    ):
+        tokens[rows, :kept] = ranking.tokens[best]
+        log_probs[rows, :kept] = np.log(ranking.probabilities[best])
     return NGramTables(
         buckets=jnp.asarray(buckets),
         salt=jnp.asarray(salt),
-        tokens=jnp.asarray(table("tokens", 0).astype(np.int32)),
+        tokens=jnp.asarray(tokens),
         log_probs=jnp.asarray(log_probs),
         vocab_size=size,
     )
 
 
-def _rank(level: Level, lower: _Ranking, wanted: np.ndarray) -> _Ranking:
+def _rank(level: Level, lower: Ranking, wanted: np.ndarray) -> Ranking:
     """The ``wanted`` ``[R]`` best tokens of every context, given rankings of its suffix.
 
     A suffix must be ranked at least as far as ``wanted`` plus what its context has seen.
     """
+    offsets = row_offsets(wanted)
+    tokens, probabilities = np.empty(offsets[-1], np.int32), np.empty(offsets[-1])
     work = row_offsets(2 * level.order.lengths + wanted)
-    cuts = np.searchsorted(work, np.arange(0, work[-1], _BLOCK), side="right") - 1
-    cuts = np.unique(np.append(cuts, len(wanted)))
-    blocks = [_rank_rows(level, lower, wanted, *cut) for cut in itertools.pairwise(cuts)]
-    none = (np.zeros(0, np.int64), np.zeros(0))
-    tokens, probabilities = zip(none, *blocks, strict=True)
-    return _Ranking(row_offsets(wanted), np.concatenate(tokens), np.concatenate(probabilities))
+    for rows in cut_rows(work, _BLOCK):
+        own = slice(offsets[rows.start], offsets[rows.stop])
+        tokens[own], probabilities[own] = _rank_rows(level, lower, wanted, rows)
+    return Ranking(offsets, tokens, probabilities)
 
 
 def _rank_rows(
-    level: Level, lower: _Ranking, wanted: np.ndarray, start: int, stop: int
+    level: Level, lower: Ranking, wanted: np.ndarray, rows: slice
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and probabilities of the rows ``start .. stop``, see :func:`_rank`."""
+    """Tokens and probabilities of some rows, see :func:`_rank`."""
     order, size = level.order, level.order.vocab_size
-    parents = level.parents[start:stop]
-    borrowed = np.minimum(
-        order.lengths[start:stop] + wanted[start:stop], np.diff(lower.offsets)[parents]
-    )
-    rows = np.repeat(np.arange(start, stop), borrowed)
-    skip = lower.offsets[parents] - row_offsets(borrowed)[:-1]
-    index = np.repeat(skip, borrowed) + np.arange(len(rows))
-    _, seen = find_keys(order.ngrams, order.keys[rows] * size + lower.tokens[index])
-    rows, index = rows[~seen], index[~seen]
+    offsets, parents = order.offsets[rows.start : rows.stop + 1], level.parents[rows]
+    lengths, wanted, start = np.diff(offsets), wanted[rows], lower.offsets[parents]
+    borrowed = np.minimum(lengths + wanted, lower.offsets[parents + 1] - start)
+    row = np.repeat(np.arange(rows.start, rows.stop), borrowed)
+    index = np.repeat(start - row_offsets(borrowed)[:-1], borrowed) + np.arange(len(row))
+    own = slice(offsets[0], offsets[-1])
+    _, seen = find_keys(order.ngrams[own], order.keys[row] * size + lower.tokens[index])
+    row, index = row[~seen], index[~seen]
 
-    own = slice(order.offsets[start], order.offsets[stop])
+    own_row = np.repeat(np.arange(rows.start, rows.stop), lengths)
     tokens = np.concatenate([order.ngrams[own] % size, lower.tokens[index]])
-    backed_off = level.backoff[rows] * lower.probabilities[index]
-    probabilities = np.concatenate([level.probabilities[own], backed_off])
-    rows = np.concatenate([order.rows[own], rows])
-    best = np.lexsort((tokens, -probabilities, rows))
-    lengths = np.bincount(rows - start, minlength=stop - start)
-    place = np.arange(len(rows)) - np.repeat(row_offsets(lengths)[:-1], lengths)
-    best = best[place < np.repeat(wanted[start:stop], lengths)]
+    backed_off = level.backoff[row] * lower.probabilities[index]
+    probabilities = np.concatenate([level.probabilities(own, own_row), backed_off])
+    row = np.concatenate([own_row, row]) - rows.start
+    row, tokens, probabilities = _sort(row, tokens, probabilities)
+    counts = np.bincount(row, minlength=len(wanted))
+    place = np.arange(len(row)) - np.repeat(row_offsets(counts)[:-1], counts)
+    best = place < np.repeat(wanted, counts)
     return tokens[best], probabilities[best]
+
+
+def _sort(
+    rows: np.ndarray, tokens: np.ndarray, probabilities: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By row, then descending probability, then token; rows are below 2**21.
+
+    Three sorts in one: with probabilities replaced by their dense ranks, each triple is one
+    integer of 21 + 21 + 16 bits. That is seven times as fast as ``np.lexsort``.
+    """
+    order = np.argsort(-probabilities)
+    descending = probabilities[order]
+    fresh = np.ones(len(order), bool)
+    np.not_equal(descending[1:], descending[:-1], out=fresh[1:])
+    dense = np.empty(len(order), np.int64)
+    dense[order] = np.cumsum(fresh) - 1
+    triples = (rows << 37) | (dense << 16) | tokens
+    triples.sort()
+    values = descending[fresh]
+    return triples >> 37, triples & 0xFFFF, values[(triples >> 16) & 0x1FFFFF]

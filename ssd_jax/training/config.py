@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
+import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,20 +23,36 @@ MAX_VOCAB = 1 << 16  # token files are uint16
 class DataConfig:
     """What text is read, and how it is split.
 
+    A record of ``jsonl`` or ``hub`` is one document; the fields named here hold its text and what
+    is known of it. A record without a usable text is left out, and counted by reason.
+
     Attributes:
       folders: folders of text files; a relative one is looked for beside the working directory.
       suffixes: endings of the files read from ``folders``.
       stdlib: read the running Python's standard library.
       packages: installed packages to read; ``["*"]`` means every permissively licensed one.
       package_megabytes: at most this much text of one package (a deterministic subset of files).
+      jsonl: ``.jsonl`` or ``.jsonl.gz`` files of one record a line.
+      hub: Hugging Face datasets, ``owner/name[:config][@split]`` (the split is ``train`` unless
+        given) or a local dataset folder in place of ``owner/name``. They are streamed, and
+        nothing else here reads from the network.
+      hub_megabytes: one dataset is read, from its start, until it gave this much text, used or not.
+      text_field: the field of a record that is its text.
+      group_field: if given, the field that names a record's module, such as its repository:
+        records that share it are on the same side of the held-out split. Else each is on its own.
+      licence_field: if given, the field that names a record's licence (a name or a list of them);
+        only records under permissive ones are used.
       stdlib_repeats: how often a standard-library window occurs in one epoch.
       function_repeats: if positive, each short function with a docstring in a Python training
-        file is also a document of its own, and occurs this often in one epoch. A model that
-        completes functions learns from these where a function ends.
+        file or record is also a document of its own, and occurs this often in one epoch. A model
+        that completes functions learns from these where a function ends.
       heldout_one_in: one module in so many is held out, chosen by a stable hash.
       heldout_modules: standard-library modules that are held out in any case.
-      benchmark: a ``.jsonl[.gz]`` with a ``prompt`` field; files that contain one of its
-        prompts are dropped. A missing file is noted in the data card.
+      benchmark: a ``.jsonl[.gz]`` with a ``prompt`` field; a file or record that contains one of
+        its prompts is dropped. Where there is no such benchmark, the data card says so.
+
+    Raises:
+      ConfigError: a value is impossible.
     """
 
     folders: tuple[str, ...] = ()
@@ -43,11 +60,23 @@ class DataConfig:
     stdlib: bool = False
     packages: tuple[str, ...] = ()
     package_megabytes: float = 6.0
+    jsonl: tuple[str, ...] = ()
+    hub: tuple[str, ...] = ()
+    hub_megabytes: float = 200.0
+    text_field: str = "text"
+    group_field: str = ""
+    licence_field: str = ""
     stdlib_repeats: int = 1
     function_repeats: int = 0
     heldout_one_in: int = 40
     heldout_modules: tuple[str, ...] = ()
     benchmark: str = ""
+
+    def __post_init__(self):
+        if not self.text_field:
+            raise ConfigError("data.text_field is empty; name the field that holds the text")
+        if self.hub_megabytes <= 0:
+            raise ConfigError("data.hub_megabytes must be positive; empty data.hub to read none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +151,13 @@ class TrainConfig:
       checkpoint_every: steps between saved states.
       data_weight: for a draft, the weight of cross-entropy to the data; the rest goes to the
         Kullback-Leibler divergence from the oracle. 1 trains without an oracle.
+      generated: for a draft, the share of sequences taken from the oracle's own text rather than
+        from the data.
+      loops: the share of sequences that are made to repeat a piece of themselves, on which the
+        model learns to leave loops (see :func:`~ssd_jax.training.loop.loop_loss`) rather than
+        the text. Drafts learn on them what the oracle does there.
+      accumulate: parts a batch is taken in, one after another, to save memory; the gradient is
+        the mean over them.
       dtype: operand type of the matrix products; parameters and optimiser stay float32.
     """
 
@@ -143,6 +179,9 @@ class TrainConfig:
     evaluate_every: int = 250
     evaluate_batches: int = 8
     data_weight: float = 1.0
+    generated: float = 0.0
+    loops: float = 0.0
+    accumulate: int = 1
     dtype: str = "bfloat16"
 
     def shape(self, step: int) -> tuple[int, int]:
@@ -151,12 +190,30 @@ class TrainConfig:
             return self.batch, self.context
         return max(1, self.batch * self.context // self.long_context), self.long_context
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that may occur."""
+        return max(self.context, self.long_context)
+
+    @property
+    def shapes(self) -> set[tuple[int, int]]:
+        """Every batch and context that occurs."""
+        return {self.shape(0), self.shape(self.steps - 1)}
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Corpus drawn from the draft: ``shards`` files of ``batch`` documents of ``length`` tokens."""
+    """Text drawn from a model: ``shards`` files of ``batch`` rows of ``length`` tokens.
 
+    Attributes:
+      model: ``"draft"``, as in the paper, or ``"oracle"``.
+      temperature: 0 for the likeliest tokens, which need a ``prompt`` to differ from row to row.
+      prompt: each row goes on from so many tokens of the training text; 0 to begin new texts.
+    """
+
+    model: str = "draft"
     temperature: float = 1.5
+    prompt: int = 0
     shards: int = 100
     batch: int = 64
     length: int = 512
@@ -167,17 +224,27 @@ class NgramConfig:
     """The Katz trigram.
 
     Attributes:
-      corpus: what is counted: ``"sample"`` (the draft's samples, as in the paper) or ``"train"``.
+      corpus: what is counted: ``"sample"`` (what the section ``sample`` says; in the paper, the
+        draft's samples) or ``"train"``.
       min_trigram_count: a trigram counted fewer times is dropped; 1 keeps all.
+      max_bigrams, max_trigrams: keep at most so many, the most frequent; 0 for all.
+      memory_megabytes: for counting, however long the text.
     """
 
     corpus: str = "sample"
     min_trigram_count: int = 1
+    max_bigrams: int = 0
+    max_trigrams: int = 0
+    memory_megabytes: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run.
+
+    ``draft2`` and ``train_draft2`` describe a second, smaller draft, which drafts for the first;
+    without them there is none. ``generated`` is text of the oracle's that drafts may learn from
+    (``train_draft.generated``), ``sample`` the text that the n-gram is counted on.
 
     Raises:
       ConfigError: a value is impossible, or the parts do not fit one another.
@@ -187,10 +254,13 @@ class Config:
     draft: ModelConfig
     train_oracle: TrainConfig
     train_draft: TrainConfig
+    draft2: ModelConfig | None = None
+    train_draft2: TrainConfig | None = None
     name: str = "trio"
     seed: int = 0
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    generated: SampleConfig = SampleConfig(model="oracle", temperature=0.7, prompt=64, length=193)
     sample: SampleConfig = SampleConfig()
     ngram: NgramConfig = NgramConfig()
 
@@ -200,28 +270,73 @@ class Config:
                 f"tokenizer.vocab_size must lie in 257..{MAX_VOCAB} (256 bytes, {END_OF_TEXT} "
                 f"and merges; stored as uint16), not {self.tokenizer.vocab_size}"
             )
-        for name in ("oracle", "draft"):
-            model, train = getattr(self, name), getattr(self, f"train_{name}")
+        if (self.draft2 is None) != (self.train_draft2 is None):
+            raise ConfigError("a second draft needs both sections, [draft2] and [train_draft2]")
+        for name in self.models:
+            model, train = self.model(name), self.training(name)
             _check_model(name, model)
             _check_train(f"train_{name}", train)
             if not model.is_pretrained:
                 check_context(f"train_{name}", train, model.n_positions)
-        if self.draft.init == "oracle" and self.draft.n_embd != self.oracle.n_embd:
-            raise ConfigError(
-                'draft.init="oracle" copies layers, so draft.n_embd must be the oracle\'s; '
-                "make them equal or start the draft from nothing"
-            )
-        if not self.draft.is_pretrained and self.sample.length > self.draft.n_positions:
-            raise ConfigError(
-                f"sample.length={self.sample.length} is longer than the draft's "
-                f"n_positions={self.draft.n_positions}; shorten it"
-            )
-        if self.sample.temperature <= 0:
-            raise ConfigError("sample.temperature must be positive: the corpus is drawn at random")
-        if self.ngram.corpus not in ("sample", "train"):
+            if name == "oracle" and train.generated:
+                raise ConfigError("train_oracle.generated: only a draft learns from the oracle")
+            length = self.generated.prompt + self.generated.length
+            if train.generated and length <= train.context:
+                raise ConfigError(
+                    f"train_{name}.generated needs rows of at least {train.context + 1} tokens, "
+                    f"and generated.prompt + generated.length is {length}; lengthen them"
+                )
+            copies = model.init == "oracle" and not self.oracle.is_pretrained
+            if copies and model.n_embd != self.oracle.n_embd:
+                raise ConfigError(
+                    f'{name}.init="oracle" copies layers, so {name}.n_embd must be the oracle\'s; '
+                    "make them equal or start the draft from nothing"
+                )
+        self._check_drawing("sample")
+        if any(self.training(name).generated for name in self.models):
+            self._check_drawing("generated")
+        ngram = self.ngram
+        if min(ngram.min_trigram_count, ngram.memory_megabytes) < 1:
+            raise ConfigError("ngram.min_trigram_count and memory_megabytes must be at least 1")
+        if min(ngram.max_bigrams, ngram.max_trigrams) < 0:
+            raise ConfigError("ngram.max_bigrams and max_trigrams must not be negative")
+        if ngram.corpus not in ("sample", "train"):
             raise ConfigError(f"ngram.corpus must be sample or train, not {self.ngram.corpus!r}")
         if self.data.heldout_one_in < 2:
             raise ConfigError("data.heldout_one_in must be at least 2, or nothing is left to train")
+
+    def _check_drawing(self, name: str) -> None:
+        settings: SampleConfig = getattr(self, name)
+        if settings.model not in ("draft", "oracle"):
+            raise ConfigError(f"{name}.model must be draft or oracle, not {settings.model!r}")
+        if min(settings.shards, settings.batch, settings.length) < 1:
+            raise ConfigError(f"{name}.shards, batch and length must be at least 1")
+        if settings.temperature < 0 or settings.prompt < 0:
+            raise ConfigError(f"{name}.temperature and {name}.prompt must not be negative")
+        if settings.temperature == 0 and not settings.prompt:
+            raise ConfigError(
+                f"{name}.temperature=0 without a prompt draws one text over and over; "
+                f"set {name}.prompt or a temperature"
+            )
+        model, length = self.model(settings.model), settings.prompt + settings.length
+        if not model.is_pretrained and length > model.n_positions:
+            raise ConfigError(
+                f"{name}: {length} tokens are longer than the {settings.model}'s "
+                f"n_positions={model.n_positions}; shorten {name}.length"
+            )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models, largest first."""
+        return ("oracle", "draft", "draft2") if self.draft2 else ("oracle", "draft")
+
+    def model(self, name: str) -> ModelConfig:
+        """The section that gives a model's shape."""
+        return getattr(self, name)
+
+    def training(self, name: str) -> TrainConfig:
+        """The section that says how a model is trained."""
+        return getattr(self, f"train_{name}")
 
 
 def _check_model(name: str, model: ModelConfig) -> None:
@@ -242,22 +357,33 @@ def check_context(name: str, train: TrainConfig, positions: int) -> None:
     Raises:
       ConfigError: they are.
     """
-    longest = max(train.context, train.long_context)
-    if longest > positions:
+    if train.longest > positions:
         raise ConfigError(
-            f"{name}: a context of {longest} is longer than n_positions={positions}; "
+            f"{name}: a context of {train.longest} is longer than n_positions={positions}; "
             "shorten it or give the model more positions"
         )
 
 
 def _check_train(name: str, train: TrainConfig) -> None:
-    for field in ("steps", "batch", "context", "checkpoint_every", "log_every", "evaluate_every"):
+    for field in (
+        "steps", "batch", "context", "accumulate", "checkpoint_every", "log_every",
+        "evaluate_every", "evaluate_batches",
+    ):  # fmt: skip
         if getattr(train, field) < 1:
             raise ConfigError(f"{name}.{field} must be at least 1, not {getattr(train, field)}")
     if train.long_steps and train.long_context < train.context:
         raise ConfigError(f"{name}.long_context must be at least context={train.context}")
-    if min(train.learning_rate, train.adam_learning_rate) <= 0 or not 0 <= train.data_weight <= 1:
-        raise ConfigError(f"{name}: learning rates must be positive and data_weight lie in [0, 1]")
+    for batch, context in sorted(train.shapes):
+        if batch % train.accumulate:
+            raise ConfigError(
+                f"{name}.accumulate={train.accumulate} does not divide the batch of {batch} "
+                f"sequences of {context} tokens; choose a divisor"
+            )
+    if min(train.learning_rate, train.adam_learning_rate) <= 0:
+        raise ConfigError(f"{name}: learning rates must be positive")
+    for field in ("data_weight", "generated", "loops"):
+        if not 0 <= getattr(train, field) <= 1:
+            raise ConfigError(f"{name}.{field} must lie in [0, 1], not {getattr(train, field)}")
     if train.optimizer not in ("adamw", "muon"):
         raise ConfigError(f"{name}.optimizer must be adamw or muon, not {train.optimizer!r}")
     if train.dtype not in ("float32", "bfloat16"):
@@ -315,6 +441,8 @@ def _record(kind: type, table: dict, prefix: str) -> Any:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
+    if isinstance(hint, types.UnionType):  # an optional section
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"{name} is a section: write [{name}] and its settings")

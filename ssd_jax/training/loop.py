@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,15 @@ import optax
 import optax.contrib
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssd_jax.errors import CheckpointError, VocabularyMismatchError
-from ssd_jax.files import atomic_path
-from ssd_jax.gpt2 import GPT2, GPT2Config
+from ssd_jax.files import atomic_path, first_line
+from ssd_jax.gpt2 import GPT2, GPT2Config, parameter_count
 from ssd_jax.training.config import TrainConfig, check_context
 from ssd_jax.training.corpus import SPLITS
-from ssd_jax.training.tokens import Batches, TokenFile
+from ssd_jax.training.tokens import Batch, Batches, TokenFile
 
 
 @jax.tree_util.register_dataclass
@@ -88,11 +91,6 @@ def _kernels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(mark, params)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood in nats; ``[B, T, V]`` float32 and ``[B, T]`` int32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
 def kl_divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
     """Mean ``KL(teacher || student)`` in nats between two ``[B, T, V]`` float32 logits.
 
@@ -104,18 +102,44 @@ def kl_divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean()
 
 
-def _losses(model: GPT2, teacher: GPT2 | None, weight: float, tokens, positions):
+def loop_loss(nats: jax.Array, loops: jax.Array) -> jax.Array:
+    """What is wrong with the probabilities of tokens that only repeat, ``[B, T]``.
+
+    A token of a loop should have half the probability that it had one turn before: the loss is
+    ``-log(1 - |p - p_before / 2|)`` (Xu et al., 2022, "Learning to break the loop", equation 2).
+    A model trained on text alone makes a sentence likelier every time it is repeated, and
+    greedy decoding then never leaves it.
+
+    Args:
+      nats: ``[B, T]`` float32, negative log-likelihood of each predicted token.
+      loops: ``[B, 2]`` int32, see :class:`~ssd_jax.training.tokens.Batch`.
+    """
+    before = jnp.maximum(jnp.arange(nats.shape[1]) - loops[:, 1:], 0)
+    likelihood = jnp.exp(-nats)
+    wanted = lax.stop_gradient(jnp.take_along_axis(likelihood, before, axis=1)) / 2
+    return -jnp.log1p(-jnp.minimum(jnp.abs(likelihood - wanted), 1 - 1e-6))
+
+
+def _losses(model: GPT2, teacher: GPT2 | None, weight: float, batch: Batch):
+    tokens, positions, loops = (jnp.asarray(array) for array in batch)
     logits, _ = model(tokens[:, :-1], positions)
-    metrics = {"cross_entropy": cross_entropy(logits, tokens[:, 1:])}
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    is_loop = jnp.arange(nats.shape[1]) >= loops[:, :1]
+    count = jnp.maximum(jnp.sum(~is_loop, dtype=nats.dtype), 1)
+    metrics = {"cross_entropy": jnp.sum(jnp.where(is_loop, 0.0, nats)) / count}
     if teacher is None:
-        return metrics["cross_entropy"], metrics
+        repeated = jnp.where(is_loop, loop_loss(nats, loops), 0.0)
+        return metrics["cross_entropy"] + repeated.sum() / count, metrics
     wanted, _ = teacher(tokens[:, :-1], positions)
-    metrics["kl"] = kl_divergence(jax.lax.stop_gradient(wanted), logits)
+    metrics["kl"] = kl_divergence(lax.stop_gradient(wanted), logits)
     return weight * metrics["cross_entropy"] + (1 - weight) * metrics["kl"], metrics
 
 
 class Trainer:
     """Compiled step and evaluation of one model.
+
+    The rows of a batch are spread over the local devices (data parallelism); parameters and
+    optimiser state are on each.
 
     Args:
       config: the architecture.
@@ -123,8 +147,12 @@ class Trainer:
       teacher: the oracle whose distribution is learnt, or ``None``.
       seed: draws the initial parameters.
 
+    Attributes:
+      devices: how many share the work: the most that divide every batch evenly.
+
     Raises:
-      ConfigError: the context exceeds the model's positions.
+      ConfigError: the context exceeds the model's positions, or ``accumulate`` does not divide
+        a batch.
       VocabularyMismatchError: the teacher has another vocabulary.
     """
 
@@ -144,8 +172,13 @@ class Trainer:
         self._losses = functools.partial(_losses, weight=weight)
         # A traced argument rather than a captured constant: XLA would otherwise fold a copy of
         # the oracle's weights into the program.
-        self._teacher = teacher
-        self._step = jax.jit(self._update, donate_argnums=0)
+        parts = [batch // settings.accumulate for batch, _ in settings.shapes]
+        self.devices = math.gcd(jax.local_device_count(), *parts)
+        mesh = Mesh(np.array(jax.local_devices()[: self.devices]), ("data",))
+        self._by_row = NamedSharding(mesh, PartitionSpec("data"))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._teacher = jax.device_put(teacher, self._everywhere)
+        self._steps: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._evaluate = jax.jit(self._metrics)
 
     def _model(self) -> GPT2:
@@ -156,21 +189,27 @@ class Trainer:
         return nnx.merge(self.graph, state.params)
 
     def abstract(self) -> TrainState:
-        """Shapes and dtypes of a state."""
-        return jax.eval_shape(self.initial)
+        """Shapes, dtypes and placement of a state."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._everywhere),
+            jax.eval_shape(self._new_state, self._abstract),
+        )
 
     def initial(self, start: GPT2 | None = None) -> TrainState:
         """The state before the first step, from random weights or those of ``start``."""
-        params = nnx.state(start or self._model(), nnx.Param)
+        # A copy: a step donates its state, and ``start`` belongs to the caller.
+        params = jax.tree.map(jnp.copy, nnx.state(start or self._model(), nnx.Param))
+        return jax.device_put(self._new_state(params), self._everywhere)
+
+    def _new_state(self, params: Any) -> TrainState:
         return TrainState(params, self._optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def _metrics(self, params, teacher, tokens, positions):
+    def _metrics(self, params, teacher, batch):
         model = nnx.merge(self.graph, params)
-        return self._losses(model, teacher, tokens=tokens, positions=positions)
+        return self._losses(model, teacher, batch=batch)
 
-    def _update(self, state: TrainState, teacher, tokens, positions):
-        gradient = jax.value_and_grad(self._metrics, has_aux=True)
-        (loss, metrics), grads = gradient(state.params, teacher, tokens, positions)
+    def _update(self, state: TrainState, teacher, batch):
+        (loss, metrics), grads = self._gradient(state.params, teacher, batch)
         # optax mixes integer step counts with floats, which a caller's strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = self._optimizer.update(grads, state.moments, state.params)
@@ -178,17 +217,55 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, moments, state.step + 1), metrics
 
-    def step(self, state: TrainState, tokens, positions) -> tuple[TrainState, dict]:
-        """One optimiser step on tokens ``[B, T + 1]`` at positions ``[B, T]``, both int32."""
-        return self._step(state, self._teacher, tokens, positions)
+    def _gradient(self, params, teacher, batch: Batch):
+        """``((loss, metrics), gradient)``, means over the parts a batch is taken in."""
+        gradient = jax.value_and_grad(self._metrics, has_aux=True)
+        parts = self.settings.accumulate
+        if parts == 1:
+            return gradient(params, teacher, batch)
+
+        def split(rows):
+            # Every parts-th row, so that a part is spread over the devices as the batch is.
+            return rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, teacher, part)), None
+
+        batches = jax.tree.map(split, batch)
+        first = jax.tree.map(lambda rows: rows[0], batches)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradient, params, teacher, first),
+        )
+        total, _ = lax.scan(add, zeros, batches)
+        return jax.tree.map(lambda leaf: leaf / parts, total)
+
+    def compiled(self, batch: int, context: int) -> jax.stages.Compiled:
+        """The program of one optimiser step on ``batch`` sequences of ``context`` tokens."""
+        if (batch, context) not in self._steps:
+            shapes = Batch(*(
+                jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=self._by_row)
+                for length in (context + 1, context, 2)
+            ))  # fmt: skip
+            step = jax.jit(self._update, donate_argnums=0)
+            lowered = step.lower(self.abstract(), self._teacher, shapes)
+            self._steps[batch, context] = lowered.compile()
+        return self._steps[batch, context]
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """One optimiser step. The memory of ``state`` is reused: it is gone afterwards."""
+        rows = jax.device_put(batch, self._by_row)
+        return self.compiled(*batch.positions.shape)(state, self._teacher, rows)
 
     def evaluate(self, state: TrainState, tokens: TokenFile) -> dict[str, float]:
         """Mean losses over the first held-out windows, from position 0 on."""
         context, batch = self.settings.context, self.settings.batch
         starts = tokens.windows(context)[: self.settings.evaluate_batches * batch]
-        positions = np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context))
+        positions = np.broadcast_to(np.arange(context), (batch, context))
         rows = [
-            self._evaluate(state.params, self._teacher, tokens.read(chunk, context), positions)[1]
+            self._evaluate(
+                state.params, self._teacher, Batch.plain(tokens.read(chunk, context), positions)
+            )[1]
             for chunk in _full_chunks(starts, batch)
         ]
         return {f"heldout_{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
@@ -208,6 +285,7 @@ def train(
     text: Path,
     folder: Path,
     *,
+    generated: np.ndarray | None = None,
     start: Callable[[], GPT2 | None] = lambda: None,
     stop_at: int | None = None,
     say: Callable[[str], None] = print,
@@ -218,6 +296,7 @@ def train(
       trainer: the model and its optimisation.
       text: folder of the encoded splits.
       folder: receives ``checkpoints/``, ``log.jsonl`` and ``loss.png``.
+      generated: ``[rows, length]`` uint16, text of the oracle's for ``settings.generated``.
       start: gives the model whose weights (float32) a new run begins with, or ``None`` for
         random ones; not called when resuming.
       stop_at: leave after this step, as if killed (for tests).
@@ -229,17 +308,21 @@ def train(
     """
     settings = trainer.settings
     data, heldout = (TokenFile(text, split) for split in SPLITS)
-    batches = Batches(data, settings, trainer.config.n_positions, trainer.seed)
+    batches = Batches(data, settings, trainer.config.n_positions, trainer.seed, generated)
     folder.mkdir(parents=True, exist_ok=True)
     with _manager(folder, settings.checkpoint_every) as manager:
+        first = manager.latest_step() or 0
+        say(_summary(trainer, data, first))
+        if first < settings.steps:
+            say(_outlook(trainer, batches, settings.steps - first))
         state = _resume(manager, trainer, start)
-        log = Log(folder / "log.jsonl", int(state.step), settings, say)
-        for step in range(int(state.step), settings.steps):
+        log = Log(folder / "log.jsonl", first, settings, say)
+        for step in range(first, settings.steps):
             if step == stop_at:
                 return state
-            rows, positions = batches(step)
-            state, metrics = trainer.step(state, rows, positions)
-            metrics["tokens"] = positions.size
+            batch = batches(step)
+            state, metrics = trainer.step(state, batch)
+            metrics["tokens"] = batch.positions.size
             done = step + 1
             evaluated = (
                 trainer.evaluate(state, heldout)
@@ -247,9 +330,64 @@ def train(
                 else {}
             )
             log.add(done, metrics, evaluated)
-            manager.save(done, args=ocp.args.StandardSave(state), force=done == settings.steps)
-    plot(folder / "log.jsonl", folder / "loss.png")
+            _save(manager, state, done, last=done == settings.steps)
+            if evaluated:
+                plot(folder / "log.jsonl", folder / "loss.png")
     return state
+
+
+def _summary(trainer: Trainer, data: TokenFile, first: int) -> str:
+    """What is about to be trained, in one line."""
+    settings = trainer.settings
+    shapes = [settings.shape(step) for step in range(settings.steps)]
+    tokens = sum(batch * context for batch, context in shapes)
+    epoch = len(data.windows(settings.context)) * settings.context
+    return (
+        f"{parameter_count(trainer.model(trainer.abstract())):,} parameters, "
+        f"{settings.steps:,} steps of {math.prod(shapes[0]):,} tokens: "
+        f"{tokens / 1e6:,.1f}M tokens, {tokens / epoch:.2f} epochs of {epoch / 1e6:,.1f}M"
+        + (f"; {first:,} steps are done" if first else "")
+    )
+
+
+def _outlook(trainer: Trainer, batches: Batches, steps: int) -> str:
+    """Time and memory that ``steps`` more steps will take, from two steps on a throwaway state.
+
+    The programs stay compiled for the run itself.
+    """
+    batch = batches(0)
+    state, metrics = trainer.step(trainer.initial(), batch)
+    jax.block_until_ready(metrics)
+    start = time.perf_counter()
+    state, metrics = trainer.step(state, batch)
+    jax.block_until_ready(metrics)
+    seconds = time.perf_counter() - start
+    memory: Any = trainer.compiled(*batch.positions.shape).memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    return (
+        f"on {trainer.devices} device{'s' * (trainer.devices > 1)}: about {seconds:.2g} s a step, "
+        f"{duration(steps * seconds)} in all; {held / 1e9:.2g} GB of memory each"
+    )
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as people say it: ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _save(manager: ocp.CheckpointManager, state: TrainState, step: int, last: bool) -> None:
+    try:
+        manager.save(step, args=ocp.args.StandardSave(state), force=last)
+    except (OSError, ValueError, RuntimeError) as error:
+        kept = manager.latest_step()
+        raise CheckpointError(
+            f"cannot save step {step} in {manager.directory} ({first_line(error)}); "
+            + (f"step {kept} is intact: " if kept else "")
+            + "free disk space and run again"
+        ) from error
 
 
 def _manager(folder: Path, every: int) -> ocp.CheckpointManager:
@@ -278,16 +416,30 @@ def _resume(
         ) from error
 
 
+def last_step(folder: Path) -> int:
+    """The step of the last saved state of a run.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    with _existing(folder) as manager:
+        return manager.latest_step() or 0
+
+
 def restore(trainer: Trainer, folder: Path) -> TrainState:
     """The last saved state of a run.
 
     Raises:
       CheckpointError: there is none, or it belongs to another architecture.
     """
+    with _existing(folder) as manager:
+        return _resume(manager, trainer)
+
+
+def _existing(folder: Path) -> ocp.CheckpointManager:
     if not (folder / "checkpoints").is_dir():
         raise CheckpointError(f"no checkpoint in {folder}; train this model first")
-    with _manager(folder, 1) as manager:
-        return _resume(manager, trainer)
+    return _manager(folder, 1)
 
 
 class Log:
@@ -315,11 +467,10 @@ class Log:
         seconds = (now - then) / max(row["step"] - last, 1)
         rate = self._tokens / max(now - then, 1e-9)
         self._mark, self._tokens = (row["step"], now), 0
-        left = (self._settings.steps - row["step"]) * seconds / 60
+        left = duration((self._settings.steps - row["step"]) * seconds)
         losses = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "tokens"))
         self._say(
-            f"step {row['step']}/{self._settings.steps}: {losses}; "
-            f"{rate:.0f} tokens/s, {left:.1f} min left"
+            f"step {row['step']}/{self._settings.steps}: {losses}; {rate:.0f} tokens/s, {left} left"
         )
 
 

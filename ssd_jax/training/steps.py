@@ -5,23 +5,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
-from flax import nnx
 
 from ssd_jax import checkpoint, files
 from ssd_jax.errors import ConfigError, VocabularyMismatchError
-from ssd_jax.gpt2 import GPT2, parameter_count
+from ssd_jax.gpt2 import GPT2
 from ssd_jax.ngram import KatzModel
 from ssd_jax.tokenizer import Tokenizer
-from ssd_jax.training import corpus, loop, report, sample, tokens
-from ssd_jax.training.config import MAX_VOCAB, Config, ModelConfig
+from ssd_jax.training import corpus, experiments, loop, report, sample, tokens
+from ssd_jax.training.config import (
+    MAX_VOCAB,
+    Config,
+    DataConfig,
+    SampleConfig,
+    TokenizerConfig,
+)
 from ssd_jax.training.surgery import layers_of
 
+TRAINING = "training.json"  # the runs a model came from, beside its weights
 SHARD_BYTES = 15 * 10**6  # the shipped files stay below what a Git host takes without LFS
+
+
+def _text_settings(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, dict]:
+    return {"data": dataclasses.asdict(data), "tokenizer": dataclasses.asdict(tokenizer)}
 
 
 class Pipeline:
@@ -44,10 +54,7 @@ class Pipeline:
           ConfigError: the work folder holds models trained on other text.
           DataError: there is too little usable text.
         """
-        settings = {
-            "data": dataclasses.asdict(self.config.data),
-            "tokenizer": dataclasses.asdict(self.config.tokenizer),
-        }
+        settings = _text_settings(self.config.data, self.config.tokenizer)
         if self._encoded(json.loads(json.dumps(settings))):
             self.say("text already encoded")
             return
@@ -64,7 +71,12 @@ class Pipeline:
             size = sum(document.size for document in documents)
             per_token = size / (count - len(documents))  # without the separators
             card[split] = {"tokens": count, "bytes": size, "bytes_per_token": per_token}
-            self.say(f"{split}: {len(documents)} files, {count} tokens, {per_token:.3f} B/token")
+            self.say(
+                f"{split}: {len(documents)} documents, {count} tokens, {per_token:.3f} B/token"
+            )
+        card["functions"] = {
+            "files": len(text.functions), "bytes": sum(f.size for f in text.functions)
+        }  # fmt: skip
         # Written last: its presence says that the step is complete.
         tokens.save_json(self.work / "data.json", card)
 
@@ -85,7 +97,10 @@ class Pipeline:
         """Whether the work folder holds this text; refuses to mix two texts in one run."""
         if not (self.work / "data.json").exists():
             return False
-        if self._card().get("settings") == settings:
+        stored = self._card().get("settings", {})
+        # Settings that did not exist when the text was encoded had their defaults.
+        defaults = json.loads(json.dumps(_text_settings(DataConfig(), TokenizerConfig())))
+        if {name: defaults[name] | stored.get(name, {}) for name in defaults} == settings:
             return True
         if (self.work / "oracle").exists():
             raise ConfigError(
@@ -106,28 +121,35 @@ class Pipeline:
 
     def draft(self, *, stop_at: int | None = None) -> None:
         """Train the draft, or resume its training, on the data and the oracle's distribution."""
-        teacher = None
-        if self.config.train_draft.data_weight < 1:
-            teacher = self._trained("oracle")
-        self._train(self._trainer("draft", teacher), "draft", stop_at)
+        self._train_draft("draft", stop_at)
+
+    def draft2(self, *, stop_at: int | None = None) -> None:
+        """The same for the second draft; does nothing where the config has none."""
+        if self.config.draft2 is not None:
+            self._train_draft("draft2", stop_at)
+
+    def _train_draft(self, name: str, stop_at: int | None) -> None:
+        learns = self.config.training(name).data_weight < 1
+        teacher = self._trained("oracle") if learns else None
+        self._train(self._trainer(name, teacher), name, stop_at)
 
     def _train(self, trainer: loop.Trainer, name: str, stop_at: int | None) -> None:
-        settings = trainer.settings
-        self.say(
-            f"{name}: {parameter_count(trainer.model(trainer.abstract())):,} parameters, "
-            f"{settings.steps} steps of {settings.batch * settings.context} tokens"
-        )
         loop.train(
             trainer,
             self.work,
             self.work / name,
+            generated=self._generated_rows() if trainer.settings.generated else None,
             start=lambda: self._start(name),
             stop_at=stop_at,
-            say=self.say,
+            say=lambda line: self.say(f"{name}: {line}"),
         )
 
+    def _generated_rows(self) -> np.ndarray:
+        shards = sample.read_shards(self.work / "generated", self.config.generated)
+        return np.concatenate(list(shards))
+
     def _trainer(self, name: str, teacher: GPT2 | None = None) -> loop.Trainer:
-        model: ModelConfig = getattr(self.config, name)
+        model = self.config.model(name)
         tokenizer = Tokenizer.load(self.work)
         if model.is_pretrained:
             config = dataclasses.replace(
@@ -140,32 +162,55 @@ class Pipeline:
                 )
         else:
             config = model.gpt2(tokenizer.vocab_size, cast(int, tokenizer.eos_token_id))
-        settings = getattr(self.config, f"train_{name}")
+        settings = self.config.training(name)
         return loop.Trainer(config, settings, teacher=teacher, seed=self.config.seed)
 
     def _start(self, name: str) -> GPT2 | None:
-        """The model a new run starts from."""
-        model: ModelConfig = getattr(self.config, name)
+        """The model a new run starts from; keeps the record of how that one was trained."""
+        model = self.config.model(name)
         if model.is_pretrained:
+            record = Path(model.init) / TRAINING
+            if record.is_file():
+                tokens.save_json(self.work / name / TRAINING, files.read_json(record))
             return checkpoint.load_model(model.init)
         if model.init == "oracle":
             return layers_of(self._trained("oracle"), model.n_layer)
         return None
 
+    def _for_decoding(self, name: str) -> GPT2:
+        """A trained model in float32: faster on a CPU where arithmetic is not the limit."""
+        return experiments.in_float32(self._trained(name))
+
     def _trained(self, name: str) -> GPT2:
         trainer = self._trainer(name)
         return trainer.model(loop.restore(trainer, self.work / name))
 
-    def sample(self) -> None:
-        """Draw the n-gram's corpus from the draft.
+    def _runs(self, name: str) -> list[dict]:
+        """All runs that led to a model, this one last."""
+        before = self.work / name / TRAINING
+        log = loop.read_log(self.work / name / "log.jsonl")
+        this = report.run_record(self.config, name, log)
+        earlier = files.read_json(before)["runs"] if before.is_file() else []
+        return [*earlier, this]
 
-        Shards drawn with other settings, or from an earlier state of the draft, are replaced.
+    def generated(self) -> None:
+        """Draw text from the oracle for drafts to learn from; nothing where none does."""
+        if any(self.config.training(name).generated for name in self.config.models):
+            self._draw("generated", self.config.generated)
+
+    def sample(self) -> None:
+        """Draw the n-gram's corpus, if that is what is counted."""
+        if self.config.ngram.corpus == "sample":
+            self._draw("sample", self.config.sample)
+
+    def _draw(self, name: str, settings: SampleConfig) -> None:
+        """Draw shards into a folder of the work folder.
+
+        Those drawn with other settings, or from an earlier state of the model, are replaced.
         """
-        trainer = self._trainer("draft")
-        state = loop.restore(trainer, self.work / "draft")
-        folder = self.work / "sample"
-        origin = dataclasses.asdict(self.config.sample) | {
-            "seed": self.config.seed, "draft_step": int(state.step)
+        folder, drawn_from = self.work / name, self.work / settings.model
+        origin = dataclasses.asdict(settings) | {
+            "seed": self.config.seed, "model_step": loop.last_step(drawn_from)
         }  # fmt: skip
         del origin["shards"]  # more or fewer of the same
         note = folder / "origin.json"
@@ -173,16 +218,14 @@ class Pipeline:
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         tokens.save_json(note, origin)
-        # Sampling is bound by memory and latency, not arithmetic: float32 is faster on a CPU.
-        model = GPT2(trainer.config, rngs=nnx.Rngs(0))
-        nnx.update(model, state.params)
         sample.draw_shards(
-            model,
-            self.config.sample,
+            self._for_decoding(settings.model),
+            settings,
             folder,
             seed=self.config.seed,
             end_of_text=self._end_of_text(),
-            say=self.say,
+            text=tokens.TokenFile(self.work, "train") if settings.prompt else None,
+            say=lambda line: self.say(f"{name}: {line}"),
         )
 
     def _end_of_text(self) -> int:
@@ -190,52 +233,96 @@ class Pipeline:
 
     def ngram(self) -> None:
         """Fit the Katz trigram and write ``ngram.safetensors``."""
-        settings = self.config.ngram
         model = KatzModel.fit(
-            self._ngram_documents(),
-            Tokenizer.load(self.work).vocab_size,
-            min_trigram_count=settings.min_trigram_count,
+            self._ngram_documents(), Tokenizer.load(self.work).vocab_size, **self._ngram_limits()
         )
         model.save(self.work / "ngram.safetensors")
         size = (self.work / "ngram.safetensors").stat().st_size
         self.say(f"{' / '.join(f'{n:,}' for n in model.sizes)} n-grams, {size / 1e6:.1f} MB")
 
+    def _ngram_limits(self) -> dict[str, Any]:
+        settings = self.config.ngram
+        return {
+            "min_trigram_count": settings.min_trigram_count,
+            "max_bigrams": settings.max_bigrams or None,
+            "max_trigrams": settings.max_trigrams or None,
+            "memory_bytes": settings.memory_megabytes * 10**6,
+            "scratch": self.work,
+        }
+
     def _ngram_documents(self) -> Iterator[np.ndarray]:
         if self.config.ngram.corpus == "train":
             return tokens.TokenFile(self.work, "train").texts()
         return sample.sampled_documents(
-            self.work / "sample", self.config.sample.shards, self._end_of_text()
+            self.work / "sample", self.config.sample, self._end_of_text()
         )
+
+    def corpora(self, temperatures: Sequence[float], shards: int) -> None:
+        """Print a comparison of texts to count the trigram on (:func:`experiments.corpora`)."""
+        rows = experiments.corpora(
+            self._for_decoding("oracle"),
+            self._for_decoding("draft"),
+            self.work,
+            self.work / "corpora",
+            temperatures=temperatures,
+            shards=shards,
+            seed=self.config.seed,
+            end_of_text=self._end_of_text(),
+            limits=self._ngram_limits(),
+            say=self.say,
+        )
+        self.say(experiments.markdown(rows))
+
+    def shapes(self, shapes: Sequence[str]) -> None:
+        """Print a comparison of draft shapes, trained by ``[train_draft]``."""
+        positions = self.config.train_draft.longest
+        rows = experiments.shapes(
+            self._trained("oracle"),
+            [experiments.parse_shape(shape, positions) for shape in shapes],
+            self.config.train_draft,
+            self.work,
+            self.work / "shapes",
+            sizes=tokens.token_bytes(self.work / "tokenizer.json"),
+            seed=self.config.seed,
+            end_of_text=self._end_of_text(),
+            say=self.say,
+        )
+        self.say(experiments.markdown(rows))
 
     def report(self) -> None:
         """Assemble the trio in ``out``, measure what was assembled, and write its model card."""
-        names = ("oracle", "draft")
+        names = self.config.models
         ngram = KatzModel.load(self.work / "ngram.safetensors")
         trained = {name: self._trained(name) for name in names}
         tokenizer = Tokenizer.load(self.work)
+        runs = {name: self._runs(name) for name in names}
         for name, model in trained.items():
             checkpoint.save_model(
                 model, self.out / name, dtype="bfloat16", max_shard_bytes=SHARD_BYTES
             )
             tokenizer.save(self.out / name)
+            tokens.save_json(self.out / name / TRAINING, {"runs": runs[name]})
         ngram.save(self.out / "ngram.safetensors")
         shipped = {name: checkpoint.load_model(self.out / name) for name in names}
         heldout = tokens.TokenFile(self.work, "heldout")
         quality = report.compare(
-            shipped["oracle"],
-            shipped["draft"],
+            shipped,
             heldout,
             tokens.token_bytes(self.work / "tokenizer.json"),
             context=report.window(self.config),
         )
-        logs = {name: loop.read_log(self.work / name / "log.jsonl") for name in names}
         perplexity = ngram.perplexity(heldout.texts())
         card = report.model_card(
-            self.config, self._card(), shipped, logs, quality, perplexity, ngram.sizes
+            self.config, self._card(), shipped, runs, quality, perplexity, ngram.sizes
         )
         with files.atomic_path(self.out / "README.md") as path:
             path.write_text(card, encoding="utf-8")
-        self.say(f"{quality}; trigram perplexity {perplexity:.1f}")
+        for name, measured in quality.items():
+            self.say(
+                f"{name}: {measured.bits:.3f} bits per byte, agreement {measured.agreement:.1%}, "
+                f"overlap {measured.overlap:.1%}"
+            )
+        self.say(f"trigram perplexity {perplexity:.1f}")
         for path in self.out.rglob("*"):
             if path.is_file() and path.stat().st_size > SHARD_BYTES:
                 self.say(f"warning: {path} is {path.stat().st_size / 1e6:.1f} MB; "

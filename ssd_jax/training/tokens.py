@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tokenizers
@@ -159,21 +159,51 @@ class TokenFile:
         yield from np.split(self.tokens, self.documents[1:, 0])
 
 
+class Batch(NamedTuple):
+    """Sequences of one optimiser step, all int32.
+
+    Attributes:
+      tokens: ``[B, T + 1]``; each token but the first is predicted from those before it.
+      positions: ``[B, T]`` position ids.
+      loops: ``[B, 2]``, the first predicted token (0 .. T - 1) that only repeats what came
+        before, and the period of the repetition; ``(T, 1)`` where nothing was repeated.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    loops: np.ndarray
+
+    @classmethod
+    def plain(cls, tokens: np.ndarray, positions: np.ndarray) -> Batch:
+        """Sequences as they were written."""
+        loops = np.tile(np.array([positions.shape[1], 1], np.int32), (len(tokens), 1))
+        return cls(tokens, positions.astype(np.int32), loops)
+
+
 class Batches:
     """Training batches as a pure function of ``(seed, step)``.
 
     Windows are visited in a new random order every epoch, the whole grid shifted by a random
-    amount below one window, so that a later epoch cuts the text elsewhere.
+    amount below one window, so that a later epoch cuts the text elsewhere. ``generated``
+    ``[rows, length]``, where given and long enough for the context, takes the place of
+    ``settings.generated`` of the rows; ``settings.loops`` of them are turned into loops.
     """
 
-    def __init__(self, tokens: TokenFile, settings: TrainConfig, positions: int, seed: int):
-        self._tokens, self._settings = tokens, settings
+    def __init__(
+        self,
+        tokens: TokenFile,
+        settings: TrainConfig,
+        positions: int,
+        seed: int,
+        generated: np.ndarray | None = None,
+    ):
+        self._tokens, self._settings, self._generated = tokens, settings, generated
         self._positions, self._seed = positions, seed
         self._starts: dict[int, np.ndarray] = {}
         self._epoch = (-1, -1)
 
-    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens ``[B, T + 1]`` and position ids ``[B, T]``, int32.
+    def __call__(self, step: int) -> Batch:
+        """The sequences of one step.
 
         Half of the rows start at position 0, the others anywhere that fits: a context shorter
         than ``n_positions`` then still trains every position's embedding.
@@ -183,8 +213,18 @@ class Batches:
         random = np.random.default_rng((self._seed, 1, step))
         offset = random.integers(0, self._positions - context + 1, batch)
         offset = np.where(random.random(batch) < 0.5, 0, offset)
-        positions = offset[:, None] + np.arange(context)
-        return self._tokens.read(starts, context), positions.astype(np.int32)
+        rows = self._tokens.read(starts, context)
+        if self._generated is not None and context < self._generated.shape[1]:
+            # Generated text starts at position 0, as it did when it was drawn.
+            chosen = random.random(batch) < self._settings.generated
+            picked = random.integers(0, len(self._generated), batch)
+            rows[chosen] = self._generated[picked[chosen], : context + 1]
+            offset[chosen] = 0
+        made = Batch.plain(rows, offset[:, None] + np.arange(context))
+        if self._settings.loops:
+            for row in np.flatnonzero(random.random(batch) < self._settings.loops):
+                made.loops[row] = _make_loop(made.tokens[row], random)
+        return made
 
     def _start(self, index: int, context: int) -> int:
         if context not in self._starts:
@@ -198,3 +238,19 @@ class Batches:
             self._epoch = (context, epoch)
         last = len(self._tokens.tokens) - context - 1
         return min(int(self._order[place]) + self._shift, last)
+
+
+def _make_loop(tokens: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
+    """Let ``[T + 1]`` tokens repeat a piece of themselves, from some place to the end.
+
+    Pieces of 2 tokens up to an eighth of the text are equally likely on a logarithmic scale.
+
+    Returns:
+      What ``Batch.loops`` says of it: everything from the third occurrence on is a loop, since
+      writing a thing twice is common in good text.
+    """
+    start = int(random.integers(1, max(2, len(tokens) // 4)))
+    longest = max(2, len(tokens) // 8)
+    period = int(np.exp(random.uniform(np.log(2), np.log(longest + 1))))
+    tokens[start:] = np.resize(tokens[start : start + period], len(tokens) - start)
+    return start + 2 * period - 1, period

@@ -1,0 +1,141 @@
+"""The command line of training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssd_jax.errors import SsdError
+
+STEPS = {
+    "tokenizer": "gather and split the text, learn the tokenizer, encode both splits",
+    "oracle": "train the oracle",
+    "generated": "draw text from the oracle for the drafts to learn from, if the config says so",
+    "draft": "train the draft on the data and the oracle's distribution",
+    "draft2": "train the second, smaller draft, if the config has one",
+    "sample": "draw the n-gram's text from the draft",
+    "ngram": "count the Katz trigram",
+    "report": "assemble the trio in --out, measure it on held-out text, write its model card",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="From a folder of text to an oracle, a distilled draft and a Katz trigram. "
+        "Each step reads what the earlier ones left in the work folder, resumes if it was "
+        "interrupted, and can be run alone.",
+        epilog="examples:\n"
+        "  train.py all --config configs/python-small.toml\n"
+        "  train.py oracle --set train_oracle.steps=20000\n"
+        "  train.py widen --model checkpoints/python-small/oracle --width 1280 --layers 36 "
+        "--out runs/wide\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="step", metavar="STEP", required=True)
+    for name, does in {**STEPS, "all": "every step above, in this order"}.items():
+        _add_run_arguments(commands.add_parser(name, help=does, description=does))
+    does = "compare texts to count the trigram on, by the look-ups that the oracle would accept"
+    corpora = commands.add_parser("corpora", help=does, description=does)
+    _add_run_arguments(corpora)
+    corpora.add_argument(
+        "--temperatures", type=float, nargs="+", default=[0.7, 1.0, 1.5], metavar="T",
+        help="of the draft's samples; default: 0.7 1.0 1.5",
+    )  # fmt: skip
+    corpora.add_argument(
+        "--shards", type=int, default=16, help="of 16,384 tokens for each text; default: 16"
+    )
+    does = "train drafts of several shapes alike and compare what they accept and cost"
+    shapes = commands.add_parser("shapes", help=does, description=does)
+    _add_run_arguments(shapes)
+    shapes.add_argument(
+        "--shapes", nargs="+", default=["1x96", "2x96", "4x96", "1x160", "2x160"],
+        metavar="LAYERSxWIDTH", help="default: 1x96 2x96 4x96 1x160 2x160",
+    )  # fmt: skip
+    does = "expand a trained model exactly to a larger shape, for measuring speed at that cost"
+    widen = commands.add_parser("widen", help=does, description=does)
+    widen.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face GPT-2 folder")
+    widen.add_argument("--width", required=True, type=int, help="a multiple of the model's width")
+    widen.add_argument("--layers", required=True, type=int, help="at least the model's layers")
+    widen.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    widen.add_argument("--out", required=True, type=Path, metavar="DIR")
+    return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="configs/python-small.toml", metavar="FILE")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+        help="override a setting of the config, e.g. --set train_oracle.steps=2000",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="default: runs/<name of the config>"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: checkpoints/<name of the config>"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``scripts/train.py``; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.step == "widen":
+            _widen(args)
+        else:
+            _run(args)
+    except SsdError as error:
+        return _complain(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}; free disk space or correct the path")
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"train.py: {message}", file=sys.stderr)
+    return 2
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ssd_jax.training import config, steps
+
+    settings = config.load(args.config, args.overrides)
+    work = args.workdir or Path("runs") / settings.name
+    out = args.out or Path("checkpoints") / settings.name
+    pipeline = steps.Pipeline(settings, work, out, _say)
+    if args.step == "corpora":
+        pipeline.corpora(args.temperatures, args.shards)
+    elif args.step == "shapes":
+        pipeline.shapes(args.shapes)
+    else:
+        for step in STEPS if args.step == "all" else (args.step,):
+            getattr(pipeline, step)()
+
+
+def _widen(args: argparse.Namespace) -> None:
+    from ssd_jax import checkpoint
+    from ssd_jax.gpt2 import parameter_count
+    from ssd_jax.tokenizer import Tokenizer
+    from ssd_jax.training.surgery import widen
+
+    small = checkpoint.load_model(args.model)
+    wide = widen(small, width=args.width, layers=args.layers, dtype=args.dtype)
+    before, after = parameter_count(small), parameter_count(wide)
+    config = small.config
+    label = (
+        f"widened from {config.n_layer} x {config.n_embd} to {args.layers} x {args.width}: "
+        "the function of the small model at the cost of a large one"
+    )
+    checkpoint.save_model(wide, args.out, dtype=args.dtype, label=label)
+    Tokenizer.load(args.model).save(args.out)
+    _say(f"{label}; {before:,} to {after:,} parameters, in {args.out}")

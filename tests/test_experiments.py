@@ -1,0 +1,143 @@
+"""The comparisons that settings are chosen by: each figure against a slow reference."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from code_folder import write_code
+
+from ssd_jax.errors import ConfigError
+from ssd_jax.ngram import KatzModel
+from ssd_jax.training import command, experiments, sample
+from ssd_jax.training import config as configs
+from ssd_jax.training.steps import Pipeline
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
+SMALL = (
+    "oracle.n_embd=16",
+    "oracle.n_layer=1",
+    "train_oracle.steps=30",
+    "train_draft.steps=12",
+    "train_draft.context=16",
+    "tokenizer.vocab_size=280",
+    "oracle.n_positions=320",
+    "draft.n_positions=320",
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = write_code(tmp_path_factory.mktemp("code"))
+    work = tmp_path_factory.mktemp("run")
+    config = configs.load(TINY, [f'data.folders=["{folder}"]', *SMALL])
+    lines: list[str] = []
+    made = Pipeline(config, work, work / "trio", say=lines.append)
+    for step in ("tokenizer", "oracle", "draft"):
+        getattr(made, step)()
+    return made
+
+
+def _table(text: str) -> list[dict[str, str]]:
+    header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_corpora_are_compared_by_what_their_look_ups_guess(pipeline, capsys):
+    lines: list[str] = []
+    pipeline.say = lines.append
+    pipeline.corpora([1.0, 1.5], 1)
+    rows = _table(lines[-1])
+    assert [row["counted on"] for row in rows] == [
+        "draft's samples, T=1",
+        "draft's samples, T=1.5",
+        "oracle's greedy text",
+        "training text",
+        "training text, all of it",
+    ]
+    counts = [int(row["tokens"].replace(",", "")) for row in rows]
+    assert counts[:3] == [64 * 256] * 3 and counts[3] >= 64 * 256
+    # Once more from the stored text, by hand.
+    folder = pipeline.work / "corpora"
+    settings = configs.SampleConfig(shards=1, batch=64, length=256, temperature=1.0)
+    model = KatzModel.fit(sample.sampled_documents(folder / "draft-1", settings, 0), 280)
+    judged = np.load(folder / "judge-greedy" / "00000.npy")[:, 64:]
+    right = total = 0
+    for row in judged:
+        for document in np.split(row, np.flatnonzero(row == 0) + 1):
+            before = (-1, -1)
+            for token in map(int, document):
+                right += int(np.argmax(model.log_probs(*before))) == token
+                total += 1
+                before = (before[1], token)
+    assert float(rows[0]["greedy, guess"].rstrip("%")) == pytest.approx(
+        100 * right / total, abs=0.6
+    )
+    again: list[str] = []
+    pipeline.say = again.append
+    pipeline.corpora([1.0, 1.5], 1)
+    assert again == lines[-1:]  # nothing is drawn twice
+
+
+def test_shapes_are_trained_alike_and_compared(pipeline):
+    lines: list[str] = []
+    pipeline.say = lines.append
+    pipeline.shapes(["1x8", "2x16"])
+    rows = _table(lines[-1])
+    assert [row["layers x width"] for row in rows] == ["1x8", "2x16"]
+    for row in rows:
+        accepted, cost = float(row["accepted of 4, greedy"]), float(row["of the oracle's"])
+        assert 0 <= accepted <= 4 and cost > 0
+        assert float(row["speed, greedy"]) == pytest.approx(
+            (1 + accepted) / (1 + 4 * cost), rel=0.05
+        )
+    assert any(re.match(r"1x8: step 12/12", line) for line in lines)
+
+
+@pytest.mark.parametrize("text", ["96", "2x", "x96", "0x96", "2xmany"])
+def test_a_shape_is_layers_by_width(text):
+    with pytest.raises(ConfigError, match="LAYERSxWIDTH"):
+        experiments.parse_shape(text, 64)
+    shape = experiments.parse_shape("2x96", 64)
+    assert (shape.n_layer, shape.n_embd, shape.n_head, shape.n_positions) == (2, 96, 3, 64)
+
+
+def test_chain_length_is_the_mean_of_all_chains():
+    rates = np.random.default_rng(0).random((3, 9))
+    expected = []
+    for row in rates:
+        for start in range(9 - 4 + 1):
+            alive, accepted = 1.0, 0.0
+            for rate in row[start : start + 4]:
+                alive *= rate
+                accepted += alive
+            expected.append(accepted)
+    assert experiments.chain_length(rates, 4) == pytest.approx(np.mean(expected))
+
+
+def test_passes_are_timed_for_every_model():
+    seconds = experiments.pass_seconds([toys.model(), toys.model(layers=1)], slots=16, repeats=3)
+    assert len(seconds) == 2 and min(seconds) > 0
+
+
+def test_the_commands_reach_the_comparisons(monkeypatch, tmp_path, capsys):
+    called = []
+    monkeypatch.setattr(Pipeline, "corpora", lambda self, *args: called.append(args))
+    monkeypatch.setattr(Pipeline, "shapes", lambda self, *args: called.append(args))
+    base = ["--config", str(TINY), "--workdir", str(tmp_path)]
+    assert command.main(["corpora", *base, "--temperatures", "0.5", "2", "--shards", "3"]) == 0
+    assert command.main(["shapes", *base, "--shapes", "1x8"]) == 0
+    assert called == [([0.5, 2.0], 3), (["1x8"],)]
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert "corpora" in capsys.readouterr().out
+
+
+def test_float32_copies_leave_the_model_alone():
+    model = toys.model()
+    copy = experiments.in_float32(model)
+    ids = jnp.arange(5)[None]
+    np.testing.assert_array_equal(*(jax.jit(lambda m: m(ids)[0])(m) for m in (model, copy)))
