@@ -16,6 +16,10 @@ and repeat; and ``summary[sampling][mode]``, which is computed from the records 
                                  the stack has no tokenizer
   ``relative_bandwidth``         mean over the prompts, weighted by new tokens
   ``overhead_share``             ``null``: not measured yet
+  ``repetitive_share``           share of the prompts whose text holds one 8-gram of tokens more
+                                 than 4 times: a model that loops makes every speculator look
+                                 good
+  ``ended_share``                share of the prompts whose text ended itself, before the limit
   ``exact_match``                ``[same, of]``: prompts all of whose repeats hold the tokens of
                                  the baseline's first repeat
 
@@ -33,6 +37,7 @@ import statistics
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -178,8 +183,16 @@ def _summary_of(prompts: Prompts, baseline: Prompts | None) -> Record:
         ),
         "relative_bandwidth": _weighted_mean(firsts, "relative_bandwidth"),
         "overhead_share": None,
+        "repetitive_share": _ratio(sum(is_repetitive(r["tokens"]) for r in firsts), len(firsts)),
+        "ended_share": _ratio(sum(r["finish_reason"] == "eos" for r in firsts), len(firsts)),
         "exact_match": _exact_match(prompts, baseline) if baseline else None,
     }
+
+
+def is_repetitive(tokens: Sequence[int], length: int = 8, times: int = 4) -> bool:
+    """Whether some n-gram of ``length`` tokens occurs more than ``times`` times."""
+    ngrams = (tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1))
+    return max(Counter(ngrams).values(), default=0) > times
 
 
 def _speedup(prompts: Prompts, baseline: Prompts) -> float | None:
@@ -220,6 +233,9 @@ def conditions(args: argparse.Namespace, stack: Stack) -> Record:
     """What a reader must know to judge the figures: device, versions, models, options."""
     import jax
 
+    from ssd_jax import checkpoint
+    from ssd_jax.gpt2 import parameter_count
+
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -239,6 +255,11 @@ def conditions(args: argparse.Namespace, stack: Stack) -> Record:
             )
         }
         | {"drafts": [Path(draft).name for draft in args.draft]},
+        "parameters": {
+            name: parameter_count(model)
+            for name, model in zip(stack.stage_names, (stack.oracle, *stack.drafts), strict=False)
+        },
+        "label": checkpoint.load_label(args.oracle) if args.oracle else None,
         "dtype": str(stack.oracle.dtype),
         "prompts": Path(args.prompts).name,
         "max_new_tokens": args.max_new_tokens,

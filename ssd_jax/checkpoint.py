@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -437,12 +438,15 @@ def save_model(
             def staged(name: str) -> Path:
                 return stack.enter_context(files.atomic_path(folder / name))
 
-            config = _config_fields(model.config, widest) | ({_LABEL: label} if label else {})
-            files.write_json(staged("config.json"), config)
+            config = staged("config.json")
+            label_field = {_LABEL: label} if label else {}
+            files.write_json(config, _config_fields(model.config, widest) | label_field)
             if len(shards) > 1:
                 files.write_json(staged(_SAFETENSORS_INDEX), _index(shards))
             for name, shard in shards.items():
-                save_file(shard, staged(name), metadata={"format": "pt"})
+                path = staged(name)
+                save_file(shard, path, metadata={"format": "pt"})
+                shutil.copymode(config, path)  # the library lets the owner alone read it
         _remove_stale(folder, keep={*shards, _SAFETENSORS_INDEX} if len(shards) > 1 else {*shards})
 
 

@@ -24,6 +24,7 @@ def record(prompt, mode, seconds, tokens, oracle, repeat=0, bandwidth=0.5, chara
         "new_tokens": len(tokens),
         "characters": characters,
         "tokens": tokens,
+        "finish_reason": "length",
         "passes": {"oracle": oracle},
         "relative_bandwidth": bandwidth,
     }
@@ -66,6 +67,28 @@ def test_one_altered_token_shows(repeat):
     )
     altered["tokens"] = [5, 7]
     assert benchmark.summarize(records)["greedy"]["staged"]["exact_match"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "repetitive"),
+    [
+        (list(range(40)), False),
+        (list(range(8)) * 4, False),
+        (list(range(8)) * 5, True),
+        ([7] * 11, False),  # four 8-grams, all the same
+        ([7] * 12, True),
+        ([1, 2], False),
+    ],
+)
+def test_a_text_that_repeats_an_8_gram_more_than_4_times_is_repetitive(tokens, repetitive):
+    assert benchmark.is_repetitive(tokens) == repetitive
+
+
+def test_repetitive_and_ended_texts_are_counted():
+    records = [record(0, "baseline", 1.0, [7] * 12, 12), record(1, "baseline", 1.0, [1, 2], 2)]
+    records[1]["finish_reason"] = "eos"
+    figures = benchmark.summarize(records)["greedy"]["baseline"]
+    assert figures["repetitive_share"] == figures["ended_share"] == 0.5
 
 
 def test_a_useless_draft_shows_as_a_slow_down():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from flax import nnx, serialization
 from safetensors.numpy import load_file, save_file
 
@@ -616,3 +617,9 @@ def test_hub_model_fetches_other_formats_only_where_safetensors_lack(hub):
 def test_hub_that_fails_is_one_line(hub):
     message = refusal(CheckpointError, "org/down")
     assert "org/down" in message and "no connection" in message
+
+
+def test_weights_are_as_readable_as_the_config(tmp_path):
+    checkpoint.save_model(toys.model(), tmp_path)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(modes) == 1

@@ -55,10 +55,10 @@ def corpora(
 
     The kinds: the draft's samples at each temperature (the paper takes 1.5), the oracle's greedy
     continuations of training text, and the training text. The last costs nothing to draw, so
-    there is a row for all of it too, pruned to what would be shipped. Judged on text that the oracle
-    writes, greedy and at temperature 1, going on from held-out text: the share of its tokens
-    that a look-up's best guess, or one of its best four, had right. That share is the number of
-    accepted tokens of a look-up one token long.
+    there is a row for all of it too, pruned to what would be shipped. Judged on text that the
+    oracle writes, greedy and at temperature 1, going on from held-out text: the share of its
+    tokens that a look-up's best guess, or one of its best four, had right. That share is the
+    number of accepted tokens of a look-up one token long.
 
     Args:
       oracle, draft: the models.
