@@ -2,9 +2,9 @@
 
 import gzip
 import json
-from types import SimpleNamespace
 
 import pytest
+import toys
 from test_cli import make_result
 
 import ssd_jax
@@ -172,7 +172,7 @@ def prompts_file(tmp_path):
 
 
 def use_engine(monkeypatch, generate, checkpoint):
-    stack = SimpleNamespace(drafts=("draft",), oracle=SimpleNamespace(dtype="bfloat16"))
+    stack = toys.stack()
     monkeypatch.setattr(ssd_jax, "load", lambda *_, **__: stack, raising=False)
     monkeypatch.setattr(ssd_jax, "generate", generate, raising=False)
     monkeypatch.setattr(cli, "shipped_checkpoint", lambda: checkpoint)
@@ -191,7 +191,7 @@ def test_command_writes_results_whose_summary_follows_from_its_records(
     assert document["summary"] == benchmark.summarize(document["records"])
     assert document["conditions"]["prompts"] == "prompts.jsonl"
     assert document["conditions"]["backend"] == "cpu"
-    assert document["conditions"]["dtype"] == "bfloat16"
+    assert document["conditions"]["dtype"] == "float32"
     assert str(tmp_path) not in json.dumps(document), "no path of this machine is recorded"
     assert [path.name for path in out.iterdir()] == ["results.json"]
     assert "2/2" in capsys.readouterr().out

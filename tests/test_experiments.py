@@ -59,9 +59,9 @@ def test_corpora_are_compared_by_what_their_look_ups_guess(pipeline, capsys):
         "training text, all of it",
     ]
     counts = [int(row["tokens"].replace(",", "")) for row in rows]
-    assert counts[:3] == [64 * 256] * 3 and counts[3] >= 64 * 256
+    assert counts[:3] == [64 * 256] * 3 and counts[3] == counts[4] > 1000  # all there is
     # Once more from the stored text, by hand.
-    folder = pipeline.work / "corpora"
+    (folder,) = (pipeline.work / "corpora").iterdir()
     settings = configs.SampleConfig(shards=1, batch=64, length=256, temperature=1.0)
     model = KatzModel.fit(sample.sampled_documents(folder / "draft-1", settings, 0), 280)
     judged = np.load(folder / "judge-greedy" / "00000.npy")[:, 64:]

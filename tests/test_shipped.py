@@ -37,16 +37,16 @@ def stack():
     return ssd_jax.load(TRIO)
 
 
-def assert_lossless(stack, prompts, tokens: int) -> dict[str, set]:
+def assert_lossless(stack, prompts, tokens: int, samplings=SAMPLINGS, plans=PLANS) -> dict:
     """Every plan writes the baseline's tokens; returns the texts, by sampling."""
-    texts: dict[str, set] = {name: set() for name in SAMPLINGS}
-    for name, sampling in SAMPLINGS.items():
+    texts: dict[str, set] = {name: set() for name in samplings}
+    for name, sampling in samplings.items():
         for index, prompt in enumerate(prompts):
             options = dict(max_new_tokens=tokens, seed=index, **sampling)
             expected = ssd_jax.generate(stack, prompt, mode="baseline", **options)
             assert expected.tokens
             texts[name].add(expected.text)
-            for plan_name, plan in PLANS.items():
+            for plan_name, plan in plans.items():
                 got = ssd_jax.generate(stack, prompt, plan=plan, **options)
                 assert got.tokens == expected.tokens, (
                     f"{name}, {plan_name}, prompt {index}: first difference at "
@@ -62,6 +62,16 @@ def _first_difference(a, b) -> int:
 
 def test_a_few_prompts_are_lossless(stack):
     assert_lossless(stack, heldout(2) + humaneval(1), 48)
+
+
+def test_the_tiny_trio_is_lossless_and_really_tiny():
+    folder = TRIO.parent / "python-tiny"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1e6
+    tiny = ssd_jax.load(folder)
+    few = {name: SAMPLINGS[name] for name in ("greedy", "top_k")}
+    assert_lossless(tiny, heldout(6), 40, few, {"default": None})
+    staged = [ssd_jax.generate(tiny, p, max_new_tokens=40).stats for p in heldout(6)]
+    assert sum(s.new_tokens for s in staged) > 2 * sum(s.passes["oracle"] for s in staged)
 
 
 @pytest.mark.slow

@@ -650,8 +650,22 @@ def test_a_start_of_another_vocabulary_is_refused(run, tmp_path):
         Pipeline(dataclasses.replace(run.config, oracle=shape), other.work, run.out).oracle()
 
 
-def test_the_trio_decodes_alike_and_accepts_more_than_an_untrained_one(run):
-    trio = stack.load(run.out)
+def test_the_trio_decodes_alike_and_accepts_more_than_an_untrained_one(run, tmp_path):
+    """`train.py all` with the tiny config, trained until it knows its text."""
+    code = f'data.folders=["{run.config.data.folders[0]}"]'
+    argv = [
+        "all",
+        "--config",
+        str(TINY),
+        "--workdir",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "trio"),
+    ]
+    for override in (code, "train_oracle.steps=250", "train_draft.steps=250"):
+        argv += ["--set", override]
+    assert command.main(argv) == 0
+    trio = stack.load(tmp_path / "trio")
     stranger = GPT2(trio.drafts[0].config, rngs=nnx.Rngs(7))
     prompts = [f"def {verb}_" for verb in VERBS[:4]]
     passes = {"trained": 0, "untrained": 0}
@@ -662,7 +676,8 @@ def test_the_trio_decodes_alike_and_accepts_more_than_an_untrained_one(run):
             drafted = generate(pair, prompt, max_new_tokens=24, mode="speculative")
             assert drafted.tokens == plain.tokens
             passes[name] += drafted.stats.passes["oracle"]
-    assert passes["trained"] < 0.75 * passes["untrained"]
+    # Without any accepted guess it would be 96.
+    assert passes["trained"] < 40 and passes["trained"] < 0.8 * passes["untrained"], passes
 
 
 # --- Parts of a batch, and devices -------------------------------------------------------

@@ -259,11 +259,12 @@ class Pipeline:
 
     def corpora(self, temperatures: Sequence[float], shards: int) -> None:
         """Print a comparison of texts to count the trigram on (:func:`experiments.corpora`)."""
+        steps = "-".join(str(loop.last_step(self.work / name)) for name in ("oracle", "draft"))
         rows = experiments.corpora(
             self._for_decoding("oracle"),
             self._for_decoding("draft"),
             self.work,
-            self.work / "corpora",
+            self.work / "corpora" / steps,  # of these states of the models
             temperatures=temperatures,
             shards=shards,
             seed=self.config.seed,
@@ -281,7 +282,7 @@ class Pipeline:
             [experiments.parse_shape(shape, positions) for shape in shapes],
             self.config.train_draft,
             self.work,
-            self.work / "shapes",
+            self.work / "shapes" / str(loop.last_step(self.work / "oracle")),
             sizes=tokens.token_bytes(self.work / "tokenizer.json"),
             seed=self.config.seed,
             end_of_text=self._end_of_text(),

@@ -62,14 +62,16 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 def token_bytes(file: Path) -> np.ndarray:
     """``[V]`` int64, UTF-8 bytes each token of a ``tokenizer.json`` stands for.
 
-    ``<|endoftext|>`` stands for none.
+    Special tokens such as ``<|endoftext|>`` stand for none.
     """
-    vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    sizes = np.zeros(len(vocabulary), np.int64)
-    for token, index in vocabulary.items():
-        sizes[index] = len(token)  # the byte-level alphabet spells each byte as one character
-    sizes[vocabulary[END_OF_TEXT]] = 0
-    return sizes
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    # The byte-level alphabet spells each byte as one character.
+    sizes = {index: len(token) for token, index in fields["model"]["vocab"].items()}
+    for token in fields["added_tokens"]:
+        sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
+    found = np.zeros(1 + max(sizes), np.int64)
+    found[list(sizes)] = list(sizes.values())
+    return found
 
 
 def encode_document(text: str, tokenizer: Tokenizer, random: np.random.Generator) -> list[int]:
