@@ -469,7 +469,10 @@ def test_the_library_is_asked_for_only_if_a_dataset_is_named(monkeypatch, tmp_pa
 # --- Functions ---------------------------------------------------------------------------
 
 
-def _function(name: str, lines: int = 4, docstring: str = '"""Says what."""') -> str:
+SHORTEST = 2 + functions.LEAST_BODY  # signature and docstring, then the body
+
+
+def _function(name: str, lines: int = SHORTEST, docstring: str = '"""Says what."""') -> str:
     body = [f"    x{i} = {i}" for i in range(lines - 2)]
     return "\n".join([f"def {name}(x):", f"    {docstring}", *body])
 
@@ -505,10 +508,11 @@ def test_functions_are_cut_and_dedented_in_their_order():
         _function("undocumented", docstring="y = 2"),
         _function("bytes_are_no_docstring", docstring='b"""Says what."""'),
         _function("empty_docstring", docstring='""""""'),
-        _function("short", functions.LEAST_LINES - 1),
+        _function("short", SHORTEST - 1),
         _function("long", functions.MOST_LINES + 1),
         'def no_body(x):\n    """Says what.\n\n    And more.\n    """\n    pass\n',
-        'class A:\n    def hangs_out(x):\n        """Says what.\nleft\n        """\n        x\n',
+        'class A:\n    def hangs_out(x):\n        """Says what.\nleft\n        """\n'
+        + "        x\n" * functions.LEAST_BODY,
         "x = lambda: 0\n",
         "def broken(:\n" + _function("f"),
         "No Python, but prose.\n",
@@ -529,7 +533,7 @@ def test_a_function_in_a_function_stays_there():
     assert documented_functions(undocumented) == []
 
 
-@pytest.mark.parametrize("lines", [functions.LEAST_LINES, functions.MOST_LINES])
+@pytest.mark.parametrize("lines", [SHORTEST, functions.MOST_LINES])
 def test_the_bounds_are_inclusive(lines):
     assert documented_functions(_function("f", lines)) == [_function("f", lines)]
 

@@ -43,9 +43,9 @@ class DataConfig:
       licence_field: if given, the field that names a record's licence (a name or a list of them);
         only records under permissive ones are used.
       stdlib_repeats: how often a standard-library window occurs in one epoch.
-      function_repeats: if positive, each short function with a docstring in a Python training
-        file or record is also a document of its own, and occurs this often in one epoch. A model
-        that completes functions learns from these where a function ends.
+      function_repeats: if positive, each function of moderate length with a docstring in a Python
+        training file or record is also a document of its own, and occurs this often in one epoch.
+        A model that completes functions learns from these where a function ends.
       heldout_one_in: one module in so many is held out, chosen by a stable hash.
       heldout_modules: standard-library modules that are held out in any case.
       benchmark: a ``.jsonl[.gz]`` with a ``prompt`` field; a file or record that contains one of

@@ -9,15 +9,16 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 
-LEAST_LINES, MOST_LINES = 4, 60
+LEAST_BODY, MOST_LINES = 5, 60
 
 
 def documented_functions(text: str) -> list[str]:
     """The functions and methods of a Python file that have a docstring and a body, dedented.
 
-    Functions inside functions are left to their parents; decorators, and functions of fewer
-    than :data:`LEAST_LINES` or more than :data:`MOST_LINES` lines, are left out. A text that is
-    no Python has none.
+    Functions inside functions are left to their parents; decorators are left out, and so are
+    functions of more than :data:`MOST_LINES` lines, or of fewer than :data:`LEAST_BODY` after
+    the docstring: a model that has seen many of those answers everything with ``return True``.
+    A text that is no Python has none.
     """
     with _no_collection():  # until the tree is gone again
         return list(_documented_functions(text))
@@ -32,8 +33,10 @@ def _documented_functions(text: str) -> Iterator[str]:
         return
     lines = text.split("\n")
     for node in _outermost_functions(tree):
-        count = (node.end_lineno or 0) - node.lineno + 1
-        if not LEAST_LINES <= count <= MOST_LINES or not _has_docstring_and_body(node):
+        if not ast.get_docstring(node, clean=False) or node.end_lineno is None:
+            continue
+        body = node.end_lineno - (node.body[0].end_lineno or 0)
+        if body < LEAST_BODY or node.end_lineno - node.lineno >= MOST_LINES:
             continue
         source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
         # A line of a string that sticks out to the left keeps the rest from being dedented.
@@ -65,9 +68,3 @@ def _outermost_functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncF
             yield node
         elif not isinstance(node, ast.expr):  # no function statement within
             pending += reversed(list(ast.iter_child_nodes(node)))
-
-
-def _has_docstring_and_body(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    docstring = ast.get_docstring(node, clean=False)
-    body = [item for item in node.body[1:] if not isinstance(item, ast.Pass)]
-    return bool(docstring) and bool(body)

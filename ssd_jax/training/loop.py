@@ -106,7 +106,7 @@ def loop_loss(nats: jax.Array, loops: jax.Array) -> jax.Array:
     """What is wrong with the probabilities of tokens that only repeat, ``[B, T]``.
 
     A token of a loop should have half the probability that it had one turn before: the loss is
-    ``-log(1 - |p - p_before / 2|)`` (Xu et al., 2022, "Learning to break the loop", equation 2).
+    ``-log(1 - |p - p_before / 2|)`` (Xu et al., 2022, "Learning to break the loop").
     A model trained on text alone makes a sentence likelier every time it is repeated, and
     greedy decoding then never leaves it.
 
@@ -170,13 +170,13 @@ class Trainer:
         self._optimizer = optimizer(settings, self._abstract)
         weight = settings.data_weight if teacher is not None else 1.0
         self._losses = functools.partial(_losses, weight=weight)
-        # A traced argument rather than a captured constant: XLA would otherwise fold a copy of
-        # the oracle's weights into the program.
         parts = [batch // settings.accumulate for batch, _ in settings.shapes]
         self.devices = math.gcd(jax.local_device_count(), *parts)
         mesh = Mesh(np.array(jax.local_devices()[: self.devices]), ("data",))
         self._by_row = NamedSharding(mesh, PartitionSpec("data"))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        # An argument of the compiled step rather than a captured constant: XLA would otherwise
+        # fold a copy of the oracle's weights into the program.
         self._teacher = jax.device_put(teacher, self._everywhere)
         self._steps: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._evaluate = jax.jit(self._metrics)
@@ -492,13 +492,23 @@ def plot(log: Path, image: Path) -> None:
     except ImportError:
         return
     rows = read_log(log)
+    tokens = np.cumsum([row["tokens"] for row in rows]) / 1e6
     axes = (figure := Figure(figsize=(7, 4))).subplots()
-    for name in ("cross_entropy", "kl", "heldout_cross_entropy", "heldout_kl"):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            marker = "o" if name.startswith("heldout") else ""
-            axes.plot(*zip(*points, strict=True), marker=marker, label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="nats per token")
+    for color, name in (("C0", "cross_entropy"), ("C1", "kl")):
+        if not rows or name not in rows[0]:
+            continue
+        values = np.array([row[name] for row in rows])
+        width = max(1, len(values) // 50)
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        label = name.replace("_", " ")
+        axes.plot(tokens, values, color=color, alpha=0.2, linewidth=0.7)
+        axes.plot(tokens[width - 1 :], smooth, color=color, label=f"{label}, mean of {width} steps")
+        held = [(t, row[f"heldout_{name}"]) for t, row in zip(tokens, rows, strict=True)
+                if f"heldout_{name}" in row]  # fmt: skip
+        if held:
+            axes.plot(*zip(*held, strict=True), "o--", color=color, label=f"{label}, held out")
+    axes.set(xlabel="million tokens", ylabel="nats per token")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     with atomic_path(image) as temporary:

@@ -245,14 +245,13 @@ class Batches:
 def _make_loop(tokens: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
     """Let ``[T + 1]`` tokens repeat a piece of themselves, from some place to the end.
 
-    Pieces of 2 tokens up to an eighth of the text are equally likely on a logarithmic scale.
+    Pieces of 1 token up to an eighth of the text are equally likely on a logarithmic scale.
 
     Returns:
       What ``Batch.loops`` says of it: everything from the third occurrence on is a loop, since
       writing a thing twice is common in good text.
     """
     start = int(random.integers(1, max(2, len(tokens) // 4)))
-    longest = max(2, len(tokens) // 8)
-    period = int(np.exp(random.uniform(np.log(2), np.log(longest + 1))))
+    period = int(np.exp(random.uniform(0, np.log(len(tokens) // 8 + 1))))
     tokens[start:] = np.resize(tokens[start : start + period], len(tokens) - start)
     return start + 2 * period - 1, period
