@@ -325,6 +325,31 @@ def summary_table(summary: dict[str, dict[str, Record]]):
     return table
 
 
+def remarks(document: Record) -> list[str]:
+    """What the reader of the table must know of models and texts, in sentences."""
+    lines = []
+    parameters = document["conditions"]["parameters"]
+    for name, count in list(parameters.items())[1:]:
+        lines.append(
+            f"The oracle has {parameters['oracle'] / count:.1f} times {name}'s parameters."
+        )
+    if document["conditions"]["label"]:
+        lines.append(f"The oracle is {document['conditions']['label']}.")
+    for sampling, modes in document["summary"].items():
+        mode, figures = next(iter(modes.items()))
+        characters = [
+            f"{name} {own['characters_per_oracle_pass']:.1f}"
+            for name, own in modes.items()
+            if own["characters_per_oracle_pass"] is not None
+        ]
+        lines.append(
+            f"{sampling}: {figures['repetitive_share']:.0%} of the {mode} texts repeat an 8-gram "
+            f"more than 4 times, {figures['ended_share']:.0%} end by themselves; characters per "
+            f"oracle pass: {', '.join(characters) or 'unknown'}."
+        )
+    return lines
+
+
 def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
     """The type of an argument that lists some of ``known``, separated by commas."""
 
@@ -423,6 +448,8 @@ def _report(document: Record, out: str | None) -> None:
 
     document["summary"] = summarize(document["records"])
     Console().print(summary_table(document["summary"]))
+    for line in remarks(document):
+        print(line)
     if out is not None:
         print(f"results in {write_results(out, document)}", file=sys.stderr)
 

@@ -194,7 +194,8 @@ def test_command_writes_results_whose_summary_follows_from_its_records(
     assert document["conditions"]["dtype"] == "float32"
     assert str(tmp_path) not in json.dumps(document), "no path of this machine is recorded"
     assert [path.name for path in out.iterdir()] == ["results.json"]
-    assert "2/2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2/2" in printed and "times draft's parameters" in printed and "8-gram" in printed
 
 
 def test_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, prompts_file):

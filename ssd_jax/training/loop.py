@@ -243,12 +243,12 @@ class Trainer:
     def compiled(self, batch: int, context: int) -> jax.stages.Compiled:
         """The program of one optimiser step on ``batch`` sequences of ``context`` tokens."""
         if (batch, context) not in self._steps:
-            shapes = Batch(*(
+            shapes: list[Any] = [
                 jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=self._by_row)
                 for length in (context + 1, context, 2)
-            ))  # fmt: skip
+            ]
             step = jax.jit(self._update, donate_argnums=0)
-            lowered = step.lower(self.abstract(), self._teacher, shapes)
+            lowered = step.lower(self.abstract(), self._teacher, Batch(*shapes))
             self._steps[batch, context] = lowered.compile()
         return self._steps[batch, context]
 
