@@ -87,7 +87,7 @@ def run(tmp_path_factory):
         ("sample.length=65", "longer than the draft's n_positions"),
         ("sample.temperature=0", "over and over"),
         ("sample.model=trigram", "draft or oracle"),
-        ("train_oracle.generated=0.5", "only a draft"),
+        ("train_oracle.generated=0.5", "oracle.init names"),
         ("train_draft.generated=0.5", "longer than the oracle"),
         ("tokenizer.vocab_size=256", "vocab_size"),
         ("tokenizer.vocab_size=65537", "vocab_size"),
@@ -213,7 +213,7 @@ def test_a_batch_depends_on_seed_and_step_only(tmp_path):
     assert not np.array_equal(different, inorder[0][0])
     assert [batch.tokens.shape for batch in inorder] == [(4, 9)] * 15 + [(2, 17)] * 5
     for rows, positions, loops in inorder:
-        assert np.array_equal(loops, [[positions.shape[1], 1]] * len(rows))
+        assert np.array_equal(loops, np.zeros_like(positions))
         assert np.all(np.diff(rows) == 1) and np.all(np.diff(positions) == 1)
         assert positions.min() >= 0 and positions.max() < 64
     assert any(batch.positions[:, 0].max() > 0 for batch in inorder)
@@ -228,15 +228,15 @@ def test_some_sequences_are_made_to_loop(tmp_path):
     for step in range(9):
         batch, text = batches(step), plain(step)
         np.testing.assert_array_equal(batch.positions, text.positions)
-        made = batch.loops[:, 0] < 48
+        made = batch.loops.any(axis=1)
         shares.append(made.mean())
         np.testing.assert_array_equal(batch.tokens[~made], text.tokens[~made])
-        for row, written, (first, period) in zip(
-            batch.tokens, text.tokens, batch.loops, strict=True
-        ):
-            if first == 48:
+        for row, written, loops in zip(batch.tokens, text.tokens, batch.loops, strict=True):
+            if not loops.any():
                 continue
-            periods.add(int(period))
+            first, period = int(np.flatnonzero(loops)[0]), int(loops[-1])
+            assert np.array_equal(loops, np.where(np.arange(48) < first, 0, period))
+            periods.add(period)
             # Two occurrences of the piece, the first as it was written, then the loop.
             start = first + 1 - 2 * period
             assert start >= 1 and 1 <= period <= 6
@@ -248,14 +248,15 @@ def test_some_sequences_are_made_to_loop(tmp_path):
 
 def test_a_loop_should_fade_by_half_each_turn():
     likelihood = np.array([[0.9, 0.8, 0.9, 0.7, 0.9, 0.4, 0.45, 0.1]], np.float32)
-    loss = loop.loop_loss(-jnp.log(likelihood), jnp.array([[4, 2]]))
+    loops = jnp.array([[0, 0, 0, 0, 2, 2, 2, 2]])
+    loss = loop.loop_loss(-jnp.log(likelihood), loops)
     for t in range(4, 8):
         away = abs(likelihood[0, t] - likelihood[0, t - 2] / 2)
         assert float(loss[0, t]) == pytest.approx(-np.log(1 - away), rel=1e-4)
-    gradient = jax.grad(lambda nats: loop.loop_loss(nats, jnp.array([[4, 2]]))[0, 4])
+    gradient = jax.grad(lambda nats: loop.loop_loss(nats, loops)[0, 4])
     # Only the repeated token learns: making the first occurrence likelier is no way out.
     assert np.flatnonzero(gradient(-jnp.log(likelihood))).tolist() == [4]
-    assert np.isfinite(loop.loop_loss(jnp.zeros((1, 4)), jnp.array([[2, 1]]))).all()
+    assert np.isfinite(loop.loop_loss(jnp.zeros((1, 4)), jnp.ones((1, 4), jnp.int32))).all()
 
 
 def test_a_model_learns_to_leave_loops(tmp_path):
@@ -281,9 +282,46 @@ def test_a_model_learns_to_leave_loops(tmp_path):
                 batch = tokens.Batch.plain(batch.tokens, batch.positions)
             state, _ = trainer.step(state, batch)
         nats = _nats(trainer.model(state), batch)
-        is_loop = np.arange(48) >= batches(step).loops[:, :1] + 8
+        late = np.arange(48) >= np.argmax(batches(step).loops > 0, axis=1)[:, None] + 8
+        is_loop = late & (batches(step).loops > 0)
         turns[share] = float(np.exp(-nats)[is_loop].mean())
     assert turns[0.5] < 0.5 * turns[0.0]
+
+
+def test_loops_of_drawn_text_are_found():
+    text = [1, 2, *range(10, 18), 3, *range(10, 18), 4, *range(10, 18), 5, *range(11, 19), 6]
+    found = tokens.Generated.of(np.array([text], np.uint16), prompt=2)
+    np.testing.assert_array_equal(found.tokens, [text])
+    # The third occurrence of eight tokens is a loop, nine back; what was drawn is never learnt.
+    expected = [0] + [tokens.IGNORED] * (len(text) - 2)
+    expected[text.index(5) - 2] = 9
+    assert found.loops[0].tolist() == expected
+    loops = tokens.Generated.of(np.array([[7] * 20]), prompt=20).loops
+    assert loops.tolist() == [[0] * 19]  # a prompt is text like any other
+
+
+def test_generated_rows_are_marked_and_start_at_position_0(tmp_path):
+    file = _token_file(tmp_path, [4000], [1])
+    drawn = tokens.Generated.of(np.full((3, 30), 5000, np.uint16), prompt=4)
+    settings = TrainConfig(steps=9, batch=16, context=24, learning_rate=1.0, generated=0.5)
+    shares = []
+    for step in range(9):
+        batch = tokens.Batches(file, settings, 64, 0, drawn)(step)
+        rows = batch.tokens[:, 0] == 5000
+        shares.append(rows.mean())
+        assert (batch.tokens[rows] == 5000).all() and (batch.positions[rows, 0] == 0).all()
+        assert all(np.array_equal(row, drawn.loops[0, :24]) for row in batch.loops[rows])
+        assert not batch.loops[~rows].any()
+    assert 0.3 < np.mean(shares) < 0.7
+
+
+def test_what_is_ignored_teaches_nothing():
+    trainer, batch = _trainer()
+    model = trainer.model(trainer.initial())
+    loops = np.tile(np.where(np.arange(12) < 6, 0, tokens.IGNORED), (8, 1)).astype(np.int32)
+    _, metrics = trainer.step(trainer.initial(), batch._replace(loops=loops))
+    learnt = _nats(model, batch)[:, :6].mean()
+    assert float(metrics["cross_entropy"]) == pytest.approx(learnt, rel=1e-5)
 
 
 def _nats(model: GPT2, batch: tokens.Batch) -> np.ndarray:
@@ -578,6 +616,17 @@ def test_a_full_disk_is_said_and_costs_nothing(run, tmp_path):
     assert _losses(other.work, "oracle") == _losses(run.work, "oracle")
 
 
+def test_a_diverging_run_stops_and_keeps_its_last_good_state(run, tmp_path):
+    other = _copy_text(run, tmp_path / "work")
+    other.oracle(stop_at=12)
+    hot = dataclasses.replace(run.config.train_oracle, learning_rate=1e30)
+    again = dataclasses.replace(run.config, train_oracle=hot)
+    with pytest.raises(ConfigError, match=r"loss is .* step 10 is intact"):
+        Pipeline(again, other.work, other.out, say=lambda line: None).oracle()
+    other.oracle()
+    assert _losses(other.work, "oracle") == _losses(run.work, "oracle")
+
+
 def test_work_is_summed_up_before_it_starts(run, tmp_path):
     lines: list[str] = []
     other = _copy_text(run, tmp_path / "work")
@@ -611,12 +660,17 @@ def test_models_start_from_a_folder_or_from_the_oracle(run, tmp_path):
         "train_draft2.steps=5", "train_draft2.batch=4", "train_draft2.context=16",
         "train_draft2.learning_rate=0.01", "train_draft2.data_weight=0.5",
         "train_oracle.steps=3", "train_oracle.learning_rate=1e-6", "train_draft.steps=4",
+        "train_oracle.generated=0.5", "own.model=oracle", "own.temperature=0", "own.prompt=9",
+        "own.length=30", "own.shards=1", "own.batch=3", "train_draft.generated=0.5",
+        "generated.model=oracle", "generated.prompt=9", "generated.length=30",
+        "generated.shards=2", "generated.batch=3",
         "sample.length=24",
     ]  # fmt: skip
     tuned = Pipeline(configs.load(TINY, base), work, work / "trio", say=lambda line: None)
     for step in command.STEPS:
         getattr(tuned, step)()
     assert tuned.config.models == ("oracle", "draft", "draft2")
+    assert [len(list((work / name).glob("*.npy"))) for name in ("own", "generated")] == [1, 2]
     # It begins where the other ended: at the first step it is as good as that one after 30.
     before, after = (loop.read_log(p.work / "oracle" / "log.jsonl") for p in (run, tuned))
     assert after[0]["cross_entropy"] < before[0]["cross_entropy"] - 1

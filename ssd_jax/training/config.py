@@ -151,8 +151,10 @@ class TrainConfig:
       checkpoint_every: steps between saved states.
       data_weight: for a draft, the weight of cross-entropy to the data; the rest goes to the
         Kullback-Leibler divergence from the oracle. 1 trains without an oracle.
-      generated: for a draft, the share of sequences taken from the oracle's own text rather than
-        from the data.
+      generated: the share of sequences taken from text the oracle wrote (section ``generated``
+        for a draft, ``own`` for the oracle itself) rather than from the data. A draft learns what
+        the oracle's distribution is there; the oracle, which must have an ``init``, unlearns the
+        loops it fell into.
       loops: the share of sequences that are made to repeat a piece of themselves, on which the
         model learns to leave loops (see :func:`~ssd_jax.training.loop.loop_loss`) rather than
         the text. Drafts learn on them what the oracle does there.
@@ -243,8 +245,9 @@ class Config:
     """A whole run.
 
     ``draft2`` and ``train_draft2`` describe a second, smaller draft, which drafts for the first;
-    without them there is none. ``generated`` is text of the oracle's that drafts may learn from
-    (``train_draft.generated``), ``sample`` the text that the n-gram is counted on.
+    without them there is none. ``own`` and ``generated`` are text that the oracle wrote before
+    and after its training, for ``train_oracle.generated`` and ``train_draft.generated``;
+    ``sample`` is what the n-gram is counted on.
 
     Raises:
       ConfigError: a value is impossible, or the parts do not fit one another.
@@ -260,6 +263,7 @@ class Config:
     seed: int = 0
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    own: SampleConfig = SampleConfig(model="oracle", temperature=0.0, prompt=64, length=193)
     generated: SampleConfig = SampleConfig(model="oracle", temperature=0.7, prompt=64, length=193)
     sample: SampleConfig = SampleConfig()
     ngram: NgramConfig = NgramConfig()
@@ -278,14 +282,8 @@ class Config:
             _check_train(f"train_{name}", train)
             if not model.is_pretrained:
                 check_context(f"train_{name}", train, model.n_positions)
-            if name == "oracle" and train.generated:
-                raise ConfigError("train_oracle.generated: only a draft learns from the oracle")
-            length = self.generated.prompt + self.generated.length
-            if train.generated and length <= train.context:
-                raise ConfigError(
-                    f"train_{name}.generated needs rows of at least {train.context + 1} tokens, "
-                    f"and generated.prompt + generated.length is {length}; lengthen them"
-                )
+            if train.generated:
+                self._check_generated(name, train)
             copies = model.init == "oracle" and not self.oracle.is_pretrained
             if copies and model.n_embd != self.oracle.n_embd:
                 raise ConfigError(
@@ -293,8 +291,6 @@ class Config:
                     "make them equal or start the draft from nothing"
                 )
         self._check_drawing("sample")
-        if any(self.training(name).generated for name in self.models):
-            self._check_drawing("generated")
         ngram = self.ngram
         if min(ngram.min_trigram_count, ngram.memory_megabytes) < 1:
             raise ConfigError("ngram.min_trigram_count and memory_megabytes must be at least 1")
@@ -304,6 +300,24 @@ class Config:
             raise ConfigError(f"ngram.corpus must be sample or train, not {self.ngram.corpus!r}")
         if self.data.heldout_one_in < 2:
             raise ConfigError("data.heldout_one_in must be at least 2, or nothing is left to train")
+
+    def _check_generated(self, name: str, train: TrainConfig) -> None:
+        if name == "oracle" and not self.oracle.is_pretrained:
+            raise ConfigError(
+                "train_oracle.generated is text of the model that oracle.init names; name one, "
+                "or set it to 0"
+            )
+        source = "own" if name == "oracle" else "generated"
+        self._check_drawing(source)
+        drawing: SampleConfig = getattr(self, source)
+        if drawing.model != "oracle":
+            raise ConfigError(f"{source}.model must be oracle, not {drawing.model!r}")
+        length = drawing.prompt + drawing.length
+        if length <= train.context:
+            raise ConfigError(
+                f"train_{name}.generated needs rows of at least {train.context + 1} tokens, "
+                f"and {source}.prompt + {source}.length is {length}; lengthen them"
+            )
 
     def _check_drawing(self, name: str) -> None:
         settings: SampleConfig = getattr(self, name)

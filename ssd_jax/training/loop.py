@@ -26,12 +26,12 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ssd_jax.errors import CheckpointError, VocabularyMismatchError
+from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
 from ssd_jax.files import atomic_path, first_line
 from ssd_jax.gpt2 import GPT2, GPT2Config, parameter_count
 from ssd_jax.training.config import TrainConfig, check_context
 from ssd_jax.training.corpus import SPLITS
-from ssd_jax.training.tokens import Batch, Batches, TokenFile
+from ssd_jax.training.tokens import Batch, Batches, Generated, TokenFile
 
 
 @jax.tree_util.register_dataclass
@@ -112,9 +112,11 @@ def loop_loss(nats: jax.Array, loops: jax.Array) -> jax.Array:
 
     Args:
       nats: ``[B, T]`` float32, negative log-likelihood of each predicted token.
-      loops: ``[B, 2]`` int32, see :class:`~ssd_jax.training.tokens.Batch`.
+      loops: ``[B, T]`` int32, positive for tokens of a loop: how far back is the token that each
+        repeats. Elsewhere the result means nothing.
     """
-    before = jnp.maximum(jnp.arange(nats.shape[1]) - loops[:, 1:], 0)
+    # In range for every token: a masked NaN would still reach the gradient.
+    before = jnp.clip(jnp.arange(nats.shape[1]) - loops, 0, nats.shape[1] - 1)
     likelihood = jnp.exp(-nats)
     wanted = lax.stop_gradient(jnp.take_along_axis(likelihood, before, axis=1)) / 2
     return -jnp.log1p(-jnp.minimum(jnp.abs(likelihood - wanted), 1 - 1e-6))
@@ -124,11 +126,10 @@ def _losses(model: GPT2, teacher: GPT2 | None, weight: float, batch: Batch):
     tokens, positions, loops = (jnp.asarray(array) for array in batch)
     logits, _ = model(tokens[:, :-1], positions)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    is_loop = jnp.arange(nats.shape[1]) >= loops[:, :1]
-    count = jnp.maximum(jnp.sum(~is_loop, dtype=nats.dtype), 1)
-    metrics = {"cross_entropy": jnp.sum(jnp.where(is_loop, 0.0, nats)) / count}
+    count = jnp.maximum(jnp.sum(loops == 0, dtype=nats.dtype), 1)
+    metrics = {"cross_entropy": jnp.sum(jnp.where(loops == 0, nats, 0.0)) / count}
     if teacher is None:
-        repeated = jnp.where(is_loop, loop_loss(nats, loops), 0.0)
+        repeated = jnp.where(loops > 0, loop_loss(nats, loops), 0.0)
         return metrics["cross_entropy"] + repeated.sum() / count, metrics
     wanted, _ = teacher(tokens[:, :-1], positions)
     metrics["kl"] = kl_divergence(lax.stop_gradient(wanted), logits)
@@ -245,7 +246,7 @@ class Trainer:
         if (batch, context) not in self._steps:
             shapes: list[Any] = [
                 jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=self._by_row)
-                for length in (context + 1, context, 2)
+                for length in (context + 1, context, context)
             ]
             step = jax.jit(self._update, donate_argnums=0)
             lowered = step.lower(self.abstract(), self._teacher, Batch(*shapes))
@@ -285,7 +286,7 @@ def train(
     text: Path,
     folder: Path,
     *,
-    generated: np.ndarray | None = None,
+    generated: Generated | None = None,
     start: Callable[[], GPT2 | None] = lambda: None,
     stop_at: int | None = None,
     say: Callable[[str], None] = print,
@@ -296,7 +297,7 @@ def train(
       trainer: the model and its optimisation.
       text: folder of the encoded splits.
       folder: receives ``checkpoints/``, ``log.jsonl`` and ``loss.png``.
-      generated: ``[rows, length]`` uint16, text of the oracle's for ``settings.generated``.
+      generated: text of the oracle's for ``settings.generated``.
       start: gives the model whose weights (float32) a new run begins with, or ``None`` for
         random ones; not called when resuming.
       stop_at: leave after this step, as if killed (for tests).
@@ -304,7 +305,8 @@ def train(
 
     Raises:
       DataError: a split is missing or too short.
-      CheckpointError: the saved state belongs to another architecture.
+      CheckpointError: the saved state belongs to another architecture, or cannot be written.
+      ConfigError: the loss is no longer finite; nothing of that step is saved.
     """
     settings = trainer.settings
     data, heldout = (TokenFile(text, split) for split in SPLITS)
@@ -324,6 +326,11 @@ def train(
             state, metrics = trainer.step(state, batch)
             metrics["tokens"] = batch.positions.size
             done = step + 1
+            if not np.isfinite(float(metrics["loss"])):
+                raise ConfigError(
+                    f"the loss is {float(metrics['loss'])} at step {done}; lower the learning rate "
+                    f"and run again: step {manager.latest_step() or 0} is intact"
+                )
             evaluated = (
                 trainer.evaluate(state, heldout)
                 if done % settings.evaluate_every == 0 or done == settings.steps

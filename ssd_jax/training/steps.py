@@ -117,6 +117,9 @@ class Pipeline:
 
         ``stop_at`` leaves after that step, as if killed (for tests).
         """
+        if self.config.train_oracle.generated:
+            model = checkpoint.load_model(self.config.oracle.init)
+            self._draw("own", self.config.own, model, step=0)
         self._train(self._trainer("oracle"), "oracle", stop_at)
 
     def draft(self, *, stop_at: int | None = None) -> None:
@@ -138,15 +141,17 @@ class Pipeline:
             trainer,
             self.work,
             self.work / name,
-            generated=self._generated_rows() if trainer.settings.generated else None,
+            generated=self._generated(name) if trainer.settings.generated else None,
             start=lambda: self._start(name),
             stop_at=stop_at,
             say=lambda line: self.say(f"{name}: {line}"),
         )
 
-    def _generated_rows(self) -> np.ndarray:
-        shards = sample.read_shards(self.work / "generated", self.config.generated)
-        return np.concatenate(list(shards))
+    def _generated(self, name: str) -> tokens.Generated:
+        source = "own" if name == "oracle" else "generated"
+        settings: SampleConfig = getattr(self.config, source)
+        rows = np.concatenate(list(sample.read_shards(self.work / source, settings)))
+        return tokens.Generated.of(rows, settings.prompt)
 
     def _trainer(self, name: str, teacher: GPT2 | None = None) -> loop.Trainer:
         model = self.config.model(name)
@@ -195,23 +200,25 @@ class Pipeline:
 
     def generated(self) -> None:
         """Draw text from the oracle for drafts to learn from; nothing where none does."""
-        if any(self.config.training(name).generated for name in self.config.models):
-            self._draw("generated", self.config.generated)
+        if any(self.config.training(name).generated for name in self.config.models[1:]):
+            self._draw_trained("generated", self.config.generated)
 
     def sample(self) -> None:
         """Draw the n-gram's corpus, if that is what is counted."""
         if self.config.ngram.corpus == "sample":
-            self._draw("sample", self.config.sample)
+            self._draw_trained("sample", self.config.sample)
 
-    def _draw(self, name: str, settings: SampleConfig) -> None:
+    def _draw_trained(self, name: str, settings: SampleConfig) -> None:
+        step = loop.last_step(self.work / settings.model)
+        self._draw(name, settings, self._for_decoding(settings.model), step)
+
+    def _draw(self, name: str, settings: SampleConfig, model: GPT2, step: int) -> None:
         """Draw shards into a folder of the work folder.
 
         Those drawn with other settings, or from an earlier state of the model, are replaced.
         """
-        folder, drawn_from = self.work / name, self.work / settings.model
-        origin = dataclasses.asdict(settings) | {
-            "seed": self.config.seed, "model_step": loop.last_step(drawn_from)
-        }  # fmt: skip
+        folder = self.work / name
+        origin = dataclasses.asdict(settings) | {"seed": self.config.seed, "model_step": step}
         del origin["shards"]  # more or fewer of the same
         note = folder / "origin.json"
         if folder.exists() and not (note.exists() and files.read_json(note) == origin):
@@ -219,7 +226,7 @@ class Pipeline:
         folder.mkdir(exist_ok=True)
         tokens.save_json(note, origin)
         sample.draw_shards(
-            self._for_decoding(settings.model),
+            model,
             settings,
             folder,
             seed=self.config.seed,

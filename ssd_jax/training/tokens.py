@@ -30,6 +30,7 @@ _PIECES = (
     r"\n+[ \t]*|[^\s\p{L}\p{N}_]?[\p{L}_]+| [\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+"
     r"|\s+(?!\S)|\s+"
 )
+IGNORED = -1  # in Batch.loops
 NEWLINE_CUTS = 0.1  # share of the newlines after which a document's encoding is cut
 
 
@@ -167,8 +168,8 @@ class Batch(NamedTuple):
     Attributes:
       tokens: ``[B, T + 1]``; each token but the first is predicted from those before it.
       positions: ``[B, T]`` position ids.
-      loops: ``[B, 2]``, the first predicted token (0 .. T - 1) that only repeats what came
-        before, and the period of the repetition; ``(T, 1)`` where nothing was repeated.
+      loops: ``[B, T]``, for each predicted token: 0 if it is to be learnt, the distance back to
+        the token it repeats if it belongs to a loop, :data:`IGNORED` if nothing is learnt of it.
     """
 
     tokens: np.ndarray
@@ -178,17 +179,50 @@ class Batch(NamedTuple):
     @classmethod
     def plain(cls, tokens: np.ndarray, positions: np.ndarray) -> Batch:
         """Sequences as they were written."""
-        loops = np.tile(np.array([positions.shape[1], 1], np.int32), (len(tokens), 1))
-        return cls(tokens, positions.astype(np.int32), loops)
+        return cls(tokens, positions.astype(np.int32), np.zeros(positions.shape, np.int32))
+
+
+class Generated(NamedTuple):
+    """Text that a model drew, for training.
+
+    Attributes:
+      tokens: ``[rows, length]``.
+      loops: ``[rows, length - 1]`` int32, as in :class:`Batch`.
+    """
+
+    tokens: np.ndarray
+    loops: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, prompt: int) -> Generated:
+        """Drawn rows, of which the first ``prompt`` tokens are text as it was written."""
+        loops = np.stack([_find_loops(row) for row in rows.tolist()])
+        drawn = np.arange(1, rows.shape[1]) >= prompt
+        return cls(rows, np.where(drawn & (loops == 0), IGNORED, np.where(drawn, loops, 0)))
+
+
+def _find_loops(tokens: list[int], length: int = 8) -> np.ndarray:
+    """``[T]`` int32 for ``T + 1`` tokens: how far back the n-gram that ends in a token was last.
+
+    0 unless it is the third occurrence at least: saying a thing twice is no loop.
+    """
+    seen: dict[tuple[int, ...], list[int]] = {}
+    loops = np.zeros(len(tokens) - 1, np.int32)
+    for end in range(length, len(tokens) + 1):
+        before = seen.setdefault(tuple(tokens[end - length : end]), [])
+        if len(before) >= 2:
+            loops[end - 2] = end - before[-1]
+        before.append(end)
+    return loops
 
 
 class Batches:
     """Training batches as a pure function of ``(seed, step)``.
 
     Windows are visited in a new random order every epoch, the whole grid shifted by a random
-    amount below one window, so that a later epoch cuts the text elsewhere. ``generated``
-    ``[rows, length]``, where given and long enough for the context, takes the place of
-    ``settings.generated`` of the rows; ``settings.loops`` of them are turned into loops.
+    amount below one window, so that a later epoch cuts the text elsewhere. ``settings.loops`` of
+    the rows are turned into loops; ``generated``, where given and long enough for the context,
+    takes the place of ``settings.generated`` of them.
     """
 
     def __init__(
@@ -197,7 +231,7 @@ class Batches:
         settings: TrainConfig,
         positions: int,
         seed: int,
-        generated: np.ndarray | None = None,
+        generated: Generated | None = None,
     ):
         self._tokens, self._settings, self._generated = tokens, settings, generated
         self._positions, self._seed = positions, seed
@@ -215,17 +249,17 @@ class Batches:
         random = np.random.default_rng((self._seed, 1, step))
         offset = random.integers(0, self._positions - context + 1, batch)
         offset = np.where(random.random(batch) < 0.5, 0, offset)
-        rows = self._tokens.read(starts, context)
-        if self._generated is not None and context < self._generated.shape[1]:
-            # Generated text starts at position 0, as it did when it was drawn.
-            chosen = random.random(batch) < self._settings.generated
-            picked = random.integers(0, len(self._generated), batch)
-            rows[chosen] = self._generated[picked[chosen], : context + 1]
-            offset[chosen] = 0
-        made = Batch.plain(rows, offset[:, None] + np.arange(context))
+        made = Batch.plain(self._tokens.read(starts, context), offset[:, None] + np.arange(context))
         if self._settings.loops:
             for row in np.flatnonzero(random.random(batch) < self._settings.loops):
-                made.loops[row] = _make_loop(made.tokens[row], random)
+                _make_loop(made.tokens[row], made.loops[row], random)
+        if self._generated is not None and context < self._generated.tokens.shape[1]:
+            chosen = random.random(batch) < self._settings.generated
+            picked = random.integers(0, len(self._generated.tokens), batch)[chosen]
+            made.tokens[chosen] = self._generated.tokens[picked, : context + 1]
+            made.loops[chosen] = self._generated.loops[picked, :context]
+            # Such text starts at position 0, as it did when it was drawn.
+            made.positions[chosen] = np.arange(context)
         return made
 
     def _start(self, index: int, context: int) -> int:
@@ -242,16 +276,14 @@ class Batches:
         return min(int(self._order[place]) + self._shift, last)
 
 
-def _make_loop(tokens: np.ndarray, random: np.random.Generator) -> tuple[int, int]:
+def _make_loop(tokens: np.ndarray, loops: np.ndarray, random: np.random.Generator) -> None:
     """Let ``[T + 1]`` tokens repeat a piece of themselves, from some place to the end.
 
-    Pieces of 1 token up to an eighth of the text are equally likely on a logarithmic scale.
-
-    Returns:
-      What ``Batch.loops`` says of it: everything from the third occurrence on is a loop, since
-      writing a thing twice is common in good text.
+    Everything from the third occurrence on is a loop and marked as one in ``loops`` ``[T]``:
+    writing a thing twice is common in good text. Pieces of 1 token up to an eighth of the text
+    are equally likely on a logarithmic scale.
     """
     start = int(random.integers(1, max(2, len(tokens) // 4)))
     period = int(np.exp(random.uniform(0, np.log(len(tokens) // 8 + 1))))
     tokens[start:] = np.resize(tokens[start : start + period], len(tokens) - start)
-    return start + 2 * period - 1, period
+    loops[start + 2 * period - 1 :] = period
