@@ -435,26 +435,39 @@ def _decode(args: argparse.Namespace) -> None:
         print(json.dumps(json_object(args.mode, measurements), allow_nan=False), flush=True)
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Run ``command`` and turn what a user can put right into one line and an exit status."""
+def run_command(
+    command: Callable[[], None],
+    *,
+    prefix: str = "error",
+    remedy: str = "check the path and its permissions",
+    interrupted: str = "interrupted",
+) -> int:
+    """Run ``command`` and turn what a user can put right into one line and an exit status.
+
+    Args:
+      command: what to run.
+      prefix: what an error's line begins with.
+      remedy: what to do about an error of the operating system.
+      interrupted: what is printed on Ctrl-C.
+    """
     try:
         command()
     except BrokenPipeError:
         # The reader has left (`| head`). Keep the interpreter's last flush from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SsdError as error:
-        return _fail(str(error))
+        return _fail(prefix, str(error))
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{named}{error.strerror or error}; check the path and its permissions")
+        return _fail(prefix, f"{named}{error.strerror or error}; {remedy}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
 
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(prefix: str, message: str) -> int:
+    print(f"{prefix}: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 

@@ -12,7 +12,7 @@ from code_folder import write_code
 
 from ssd_jax.errors import ConfigError
 from ssd_jax.ngram import KatzModel
-from ssd_jax.training import command, experiments, sample
+from ssd_jax.training import command, experiments, sample, surgery
 from ssd_jax.training import config as configs
 from ssd_jax.training.steps import Pipeline
 
@@ -138,6 +138,6 @@ def test_the_commands_reach_the_comparisons(monkeypatch, tmp_path, capsys):
 
 def test_float32_copies_leave_the_model_alone():
     model = toys.model()
-    copy = experiments.in_float32(model)
+    copy = surgery.in_float32(model)
     ids = jnp.arange(5)[None]
     np.testing.assert_array_equal(*(jax.jit(lambda m: m(ids)[0])(m) for m in (model, copy)))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_jax.errors import SsdError
+from ssd_jax import cli
 
 STEPS = {
     "tokenizer": "gather and split the text, learn the tokenizer, encode both splits",
@@ -81,25 +80,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``scripts/train.py``; returns the exit status."""
     args = build_parser().parse_args(argv)
-    try:
-        if args.step == "widen":
-            _widen(args)
-        else:
-            _run(args)
-    except SsdError as error:
-        return _complain(str(error))
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror or error}; free disk space or correct the path")
-    except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _complain(message: str) -> int:
-    print(f"train.py: {message}", file=sys.stderr)
-    return 2
+    run = _widen if args.step == "widen" else _run
+    return cli.run_command(
+        lambda: run(args),
+        prefix="train.py",
+        remedy="free disk space or correct the path",
+        interrupted="\ntrain.py: interrupted; run the same command again to resume",
+    )
 
 
 def _say(line: str) -> None:

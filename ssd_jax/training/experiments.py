@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ssd_jax.errors import ConfigError
 from ssd_jax.gpt2 import GPT2, parameter_count
 from ssd_jax.ngram import KatzModel
 from ssd_jax.training import loop, sample
 from ssd_jax.training.config import ModelConfig, SampleConfig, TrainConfig
+from ssd_jax.training.surgery import in_float32
 from ssd_jax.training.tokens import TokenFile
 
 WHOLE = "training text, all of it"
@@ -91,8 +91,9 @@ def corpora(
     greedy = dataclasses.replace(rows, temperature=0.0, prompt=64)
     kinds["oracle's greedy text"] = drawn("oracle-greedy", oracle, train, greedy)
     size = sum(map(len, next(iter(kinds.values()))))
-    kinds["training text"] = _some_text(train, size, seed)
-    kinds[WHOLE] = list(train.texts())
+    everything = list(train.texts())
+    kinds["training text"] = _some_of(everything, size, seed)
+    kinds[WHOLE] = everything
     few = dataclasses.replace(greedy, shards=1, length=128)
     judges = {
         "greedy": drawn("judge-greedy", oracle, heldout, few),
@@ -114,9 +115,8 @@ def corpora(
     return table
 
 
-def _some_text(text: TokenFile, tokens: int, seed: int) -> list[np.ndarray]:
+def _some_of(documents: list[np.ndarray], tokens: int, seed: int) -> list[np.ndarray]:
     """Random whole documents of about so many tokens."""
-    documents = list(text.texts())
     order = np.random.default_rng(seed).permutation(len(documents))
     sizes = np.cumsum([len(documents[i]) for i in order])
     return [documents[i] for i in order[: 1 + np.searchsorted(sizes, tokens)]]
@@ -199,13 +199,6 @@ def parse_shape(text: str, positions: int, head_dim: int = 32) -> ModelConfig:
     return ModelConfig(int(width), int(layers), heads, positions)
 
 
-def in_float32(model: GPT2) -> GPT2:
-    """The same weights in a model that computes in float32."""
-    plain = GPT2(model.config, rngs=nnx.Rngs(0))
-    nnx.update(plain, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model, nnx.Param)))
-    return plain
-
-
 def pass_seconds(models: Sequence[GPT2], slots: int = 256, repeats: int = 30) -> list[float]:
     """Median time of a one-row pass of each model, measured in turns over a cache of ``slots``."""
 
@@ -251,8 +244,7 @@ def _acceptance(
 
 
 def _batches(tokens: TokenFile, context: int, batch: int = 8, windows: int = 128) -> Iterator:
-    starts = np.unique(tokens.windows(context))
-    starts = starts[:: -(-len(starts) // windows)]
+    starts = tokens.spread(context, windows)
     for first in range(0, len(starts) - batch + 1, batch):
         yield tokens.read(starts[first : first + batch], context)
 

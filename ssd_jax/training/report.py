@@ -79,8 +79,7 @@ def compare(
     Raises:
       DataError: the split does not fill one window.
     """
-    starts = np.unique(tokens.windows(context))
-    starts = starts[:: -(-len(starts) // windows)]
+    starts = tokens.spread(context, windows)
     compare_batch = jax.jit(_compare)
     sums = {name: {"nats": 0.0, "agreement": 0.0, "overlap": 0.0} for name in models}
     for first in range(0, len(starts), batch):

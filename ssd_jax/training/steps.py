@@ -24,7 +24,7 @@ from ssd_jax.training.config import (
     SampleConfig,
     TokenizerConfig,
 )
-from ssd_jax.training.surgery import layers_of
+from ssd_jax.training.surgery import in_float32, layers_of
 
 TRAINING = "training.json"  # the runs a model came from, beside its weights
 SHARD_BYTES = 15 * 10**6  # the shipped files stay below what a Git host takes without LFS
@@ -184,7 +184,7 @@ class Pipeline:
 
     def _for_decoding(self, name: str) -> GPT2:
         """A trained model in float32: faster on a CPU where arithmetic is not the limit."""
-        return experiments.in_float32(self._trained(name))
+        return in_float32(self._trained(name))
 
     def _trained(self, name: str) -> GPT2:
         trainer = self._trainer(name)

@@ -13,6 +13,11 @@ from ssd_jax.errors import ConfigError
 from ssd_jax.gpt2 import GPT2, GPT2Config, abstract
 
 
+def in_float32(model: GPT2) -> GPT2:
+    """The same weights in a model that computes in float32."""
+    return _model(model.config, _weights(model), np.float32)
+
+
 def layers_of(model: GPT2, layers: int) -> GPT2:
     """A float32 model of ``layers`` evenly spaced layers of ``model``, first and last among them.
 
@@ -27,7 +32,6 @@ def layers_of(model: GPT2, layers: int) -> GPT2:
     chosen = np.linspace(0, depth - 1, layers).round().astype(int)
     weights = _weights(model)
     weights["h"] = {new: weights["h"][old] for new, old in enumerate(chosen.tolist())}
-    weights = jax.tree.map(lambda leaf: leaf.astype(np.float32), weights)
     return _model(dataclasses.replace(model.config, n_layer=layers), weights, np.float32)
 
 

@@ -152,6 +152,15 @@ class TokenFile:
         document = np.searchsorted(self.documents[:, 0], starts, side="right") - 1
         return np.repeat(starts, self.documents[document, 1])
 
+    def spread(self, context: int, windows: int) -> np.ndarray:
+        """First tokens of at most so many distinct windows, spread evenly over the text.
+
+        Raises:
+          DataError: the split is shorter than one window.
+        """
+        starts = np.unique(self.windows(context))
+        return starts[:: -(-len(starts) // windows)]
+
     def read(self, starts: np.ndarray, context: int) -> np.ndarray:
         """``[B, context + 1]`` int32 tokens from ``starts`` ``[B]`` on."""
         rows = [self.tokens[start : start + context + 1] for start in starts]
