@@ -17,7 +17,7 @@ from code_folder import VERBS, write_code
 from ssd_jax.errors import ConfigError, DataError
 from ssd_jax.training import corpus, functions
 from ssd_jax.training.config import DataConfig
-from ssd_jax.training.functions import documented_functions
+from ssd_jax.training.functions import documented_functions, function_beginning
 from ssd_jax.training.sources import find_sources, permissive_licence
 
 # --- Files -------------------------------------------------------------------------------
@@ -475,6 +475,16 @@ SHORTEST = 2 + functions.LEAST_BODY  # signature and docstring, then the body
 def _function(name: str, lines: int = SHORTEST, docstring: str = '"""Says what."""') -> str:
     body = [f"    x{i} = {i}" for i in range(lines - 2)]
     return "\n".join([f"def {name}(x):", f"    {docstring}", *body])
+
+
+def test_a_function_begins_with_its_signature_and_docstring():
+    docstring = '"""Says what.\n\n    And more.\n    """'
+    text = _function("f", docstring=docstring)
+    beginning = function_beginning(text)
+    assert beginning == f"def f(x):\n    {docstring}\n" and text.startswith(beginning)
+    assert function_beginning("async " + text) == "async " + beginning
+    for other in ("", "import os\n", "x = 1\n" + text, "def f(x:\n", text.encode().decode()[1:]):
+        assert function_beginning(other) == ""
 
 
 def test_functions_are_cut_and_dedented_in_their_order():

@@ -64,7 +64,7 @@ def test_corpora_are_compared_by_what_their_look_ups_guess(pipeline, capsys):
     (folder,) = (pipeline.work / "corpora").iterdir()
     settings = configs.SampleConfig(shards=1, batch=64, length=256, temperature=1.0)
     model = KatzModel.fit(sample.sampled_documents(folder / "draft-1", settings, 0), 280)
-    judged = np.load(folder / "judge-greedy" / "00000.npy")[:, 64:]
+    judged = np.load(folder / "judge-greedy" / "00000.npz")["drawn"]
     right = total = 0
     for row in judged:
         for document in np.split(row, np.flatnonzero(row == 0) + 1):

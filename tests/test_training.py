@@ -30,6 +30,7 @@ from ssd_jax.errors import (
 )
 from ssd_jax.generate import generate
 from ssd_jax.gpt2 import GPT2, parameter_count
+from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training import command, corpus, loop, report, sample, tokens
 from ssd_jax.training import config as configs
 from ssd_jax.training.config import END_OF_TEXT_ID, ModelConfig, TrainConfig
@@ -94,7 +95,10 @@ def run(tmp_path_factory):
         ("train_draft.data_weight=1.5", "data_weight"),
         ("train_oracle.dtype=float16", "dtype"),
         ("sample.temperature=-1.0", "temperature"),
-        ("ngram.corpus=web", "corpus"),
+        ('ngram.corpus=["web"]', "corpus"),
+        ("ngram.corpus=[]", "corpus"),
+        ("sample.greedy=2", "greedy"),
+        ("sample.functions=true", "prompt"),
         ("oracle.n_head=3", "not a multiple"),
         ("data.suffixes=3", "list of strings"),
         ("steps", "section.key=value"),
@@ -290,19 +294,29 @@ def test_a_model_learns_to_leave_loops(tmp_path):
 
 def test_loops_of_drawn_text_are_found():
     text = [1, 2, *range(10, 18), 3, *range(10, 18), 4, *range(10, 18), 5, *range(11, 19), 6]
-    found = tokens.Generated.of(np.array([text], np.uint16), prompt=2)
+    found = tokens.Generated.to_unlearn([np.array(text[:2])], [np.array(text[2:])], len(text))
     np.testing.assert_array_equal(found.tokens, [text])
     # The third occurrence of eight tokens is a loop, nine back; what was drawn is never learnt.
     expected = [0] + [tokens.IGNORED] * (len(text) - 2)
     expected[text.index(5) - 2] = 9
     assert found.loops[0].tolist() == expected
-    loops = tokens.Generated.of(np.array([[7] * 20]), prompt=20).loops
+    loops = tokens.Generated.to_unlearn([np.full(20, 7)], [np.array([], int)], 20).loops
     assert loops.tolist() == [[0] * 19]  # a prompt is text like any other
+
+
+def test_drawn_texts_to_imitate_follow_one_another():
+    prompts = [np.array([1, 2]), np.array([3])]
+    drawn = [np.array([4, 0]), np.array([5, 6, 7, 8, 9, 9, 9])]
+    found = tokens.Generated.to_imitate(prompts, drawn, 7)
+    np.testing.assert_array_equal(found.tokens, [[1, 2, 4, 0, 3, 5, 6], [3, 5, 6, 7, 8, 9, 9]])
+    unlearnt = tokens.IGNORED  # the first token of the second text
+    np.testing.assert_array_equal(found.loops, [[0, 0, 0, unlearnt, 0, 0], [0] * 6])
 
 
 def test_generated_rows_are_marked_and_start_at_position_0(tmp_path):
     file = _token_file(tmp_path, [4000], [1])
-    drawn = tokens.Generated.of(np.full((3, 30), 5000, np.uint16), prompt=4)
+    texts = list(np.full((3, 30), 5000, np.uint16))
+    drawn = tokens.Generated.to_unlearn([t[:4] for t in texts], [t[4:] for t in texts], 30)
     settings = TrainConfig(steps=9, batch=16, context=24, learning_rate=1.0, generated=0.5)
     shares = []
     for step in range(9):
@@ -442,12 +456,12 @@ def test_a_finished_step_does_nothing_when_run_again(run):
 
 
 def test_a_lost_shard_is_drawn_again_as_it_was(run):
-    path = run.work / "sample" / "00001.npy"
+    path = run.work / "sample" / "00001.npz"
     before = path.read_bytes()
     path.unlink()
     run.sample()
     assert path.read_bytes() == before
-    assert before != (run.work / "sample" / "00000.npy").read_bytes()
+    assert before != (run.work / "sample" / "00000.npz").read_bytes()
 
 
 def test_samples_of_other_settings_are_replaced(run, tmp_path):
@@ -457,9 +471,10 @@ def test_samples_of_other_settings_are_replaced(run, tmp_path):
     settings = dataclasses.replace(run.config.sample, temperature=0.5, shards=1)
     cold = Pipeline(dataclasses.replace(run.config, sample=settings), work, work / "trio")
     (work / "sample").mkdir()
-    (work / "sample" / "00000.npy").write_bytes(b"of another run")
+    (work / "sample" / "00000.npz").write_bytes(b"of another run")
     cold.sample()
-    assert np.load(work / "sample" / "00000.npy").shape == (3, 24)
+    (shard,) = sample.read_shards(work / "sample", settings)
+    assert shard.drawn.shape == (3, 24) and shard.drawn.dtype == np.uint16
 
 
 def test_another_shape_does_not_resume(run):
@@ -574,7 +589,7 @@ def test_sigkill_in_the_middle_of_any_step_loses_nothing(run, tmp_path):
         "heldout.tokens.npy",
         "oracle step 17",
         "draft step 12",
-        "00001.npy",
+        "00001.npz",
         "/ngram.safetensors",
         "/draft/config.json",
     ):
@@ -670,7 +685,7 @@ def test_models_start_from_a_folder_or_from_the_oracle(run, tmp_path):
     for step in command.STEPS:
         getattr(tuned, step)()
     assert tuned.config.models == ("oracle", "draft", "draft2")
-    assert [len(list((work / name).glob("*.npy"))) for name in ("own", "generated")] == [1, 2]
+    assert [len(list((work / name).glob("*.npz"))) for name in ("own", "generated")] == [1, 2]
     # It begins where the other ended: at the first step it is as good as that one after 30.
     before, after = (loop.read_log(p.work / "oracle" / "log.jsonl") for p in (run, tuned))
     assert after[0]["cross_entropy"] < before[0]["cross_entropy"] - 1
@@ -793,7 +808,7 @@ def test_cold_sampling_equals_argmax_without_a_cache():
     model = _toy(11)
     prompts = np.full((2, 1), END_OF_TEXT_ID)
     drawn, likeliest = (
-        sample.sample_tokens(model, jax.random.key(0), prompts, length=9, temperature=t)
+        sample.sample_tokens(model, jax.random.key(0), prompts, np.ones(2), length=9, temperature=t)
         for t in (1e-6, 0)
     )
     text = [END_OF_TEXT_ID]
@@ -804,16 +819,19 @@ def test_cold_sampling_equals_argmax_without_a_cache():
         text.append(int(forward(model, padded)[0, t].argmax()))
     assert len(set(text)) > 2
     assert drawn.tolist() == likeliest.tolist() == [text[1:]] * 2
-    begun = sample.sample_tokens(
-        model, jax.random.key(0), np.array([text[:4], [1, 2, 3, 4]]), length=6, temperature=0
+    begun = np.array([text[:4], [*text[:2], 9, 9], [1, 2, 3, 4]])
+    rows = sample.sample_tokens(
+        model, jax.random.key(0), begun, np.array([4, 2, 4]), length=6, temperature=0
     )
-    assert begun[0].tolist() == text[4:] and begun.shape == (2, 6)
+    assert rows[:2].tolist() == [text[4:], text[2:8]]  # padding is never read
 
 
 def test_samples_follow_the_tempered_distribution():
     model, rows = _toy(5), 4000
     prompts = np.full((rows, 1), END_OF_TEXT_ID)
-    drawn = sample.sample_tokens(model, jax.random.key(2), prompts, length=2, temperature=1.5)
+    drawn = sample.sample_tokens(
+        model, jax.random.key(2), prompts, np.ones(rows), length=2, temperature=1.5
+    )
     contexts = jnp.array([[END_OF_TEXT_ID, token] for token in range(5)])
     logits, _ = jax.jit(lambda model, ids: model(ids))(model, contexts)
     probabilities = np.asarray(jax.nn.softmax(logits / 1.5))  # [first token, T, V]
@@ -825,15 +843,47 @@ def test_samples_follow_the_tempered_distribution():
         assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / max(here.sum(), 1))
 
 
+def test_prompts_are_the_beginnings_of_functions(run, tmp_path):
+    tokenizer = Tokenizer.load(run.work)
+    body = "\n".join(f"    x{i} = {i}" for i in range(6))
+    beginnings = [f'def f{i}(x):\n    """Says {"much " * 9 * (i % 2)}."""\n' for i in range(8)]
+    texts = [*(b + body for b in beginnings), "import os\n", "def broken(:\n", ""]
+    ids = [[*tokenizer.encode(text), END_OF_TEXT_ID] for text in texts]
+    starts = np.cumsum([0, *map(len, ids)])[:-1]
+    tokens.save_array(tmp_path / "train.tokens.npy", np.concatenate(ids).astype(np.uint16))
+    documents = np.stack([starts, np.ones(len(ids), np.int64)], axis=1)
+    tokens.save_array(tmp_path / "train.documents.npy", documents)
+    file = tokens.TokenFile(tmp_path, "train")
+    longest = len(tokenizer.encode(beginnings[0]))
+    settings = configs.SampleConfig(functions=True, prompt=longest, shards=2, batch=3)
+    shards = [sample.Prompts(settings, file, tokenizer, seed=1)(shard) for shard in (0, 1)]
+    said = [
+        tokenizer.decode(row[:count].tolist())
+        for rows, given in shards
+        for row, count in zip(rows, given, strict=True)
+    ]
+    assert set(said) == set(beginnings[::2]) and len(said) == 6  # the others are too long
+    short = dataclasses.replace(settings, prompt=2)
+    with pytest.raises(DataError, match="function_repeats"):
+        sample.Prompts(short, file, tokenizer, seed=1)
+
+
+def test_some_shards_are_greedy():
+    settings = configs.SampleConfig(temperature=0.7, greedy=0.4, prompt=1)
+    temperatures = [settings.shard_temperature(shard) for shard in range(10)]
+    assert sorted(temperatures) == [0.0] * 4 + [0.7] * 6 and temperatures[0] == 0.7
+
+
 def test_sampled_documents_end_where_the_text_does(tmp_path):
     rows = np.array([[3, 0, 4, 5], [0, 6, 7, 0]], np.uint16)
-    tokens.save_array(tmp_path / "00000.npy", rows)
 
     def documents(**changes) -> list[list[int]]:
+        shard = sample.Shard(np.ones((2, 3), np.uint16), np.array([1, 3]), rows)
+        np.savez(tmp_path / "00000.npz", **shard._asdict())
         settings = configs.SampleConfig(shards=1, **changes)
         return [piece.tolist() for piece in sample.sampled_documents(tmp_path, settings, 0)]
 
-    assert documents() == [[3, 0], [4, 5], [0], [6, 7, 0]]
-    assert documents(prompt=2) == [[4, 5], [7, 0]]
+    assert documents() == documents(prompt=3) == [[3, 0], [4, 5], [0], [6, 7, 0]]
+    assert documents(prompt=3, functions=True) == [[3, 0], [0]]
     with pytest.raises(DataError, match="step that draws it"):
         list(sample.sampled_documents(tmp_path, configs.SampleConfig(shards=2), 0))

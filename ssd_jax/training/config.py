@@ -210,15 +210,25 @@ class SampleConfig:
     Attributes:
       model: ``"draft"``, as in the paper, or ``"oracle"``.
       temperature: 0 for the likeliest tokens, which need a ``prompt`` to differ from row to row.
+      greedy: the share of the shards that are drawn at temperature 0 whatever ``temperature``.
       prompt: each row goes on from so many tokens of the training text; 0 to begin new texts.
+      functions: go on from the signatures and docstrings of the training text's functions, those
+        of at most ``prompt`` tokens, instead of from any place.
     """
 
     model: str = "draft"
     temperature: float = 1.5
+    greedy: float = 0.0
     prompt: int = 0
+    functions: bool = False
     shards: int = 100
     batch: int = 64
     length: int = 512
+
+    def shard_temperature(self, shard: int) -> float:
+        """The temperature one shard is drawn at; the greedy ones are spread evenly."""
+        is_greedy = int((shard + 1) * self.greedy) > int(shard * self.greedy)
+        return 0.0 if is_greedy else self.temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,14 +236,15 @@ class NgramConfig:
     """The Katz trigram.
 
     Attributes:
-      corpus: what is counted: ``"sample"`` (what the section ``sample`` says; in the paper, the
-        draft's samples) or ``"train"``.
+      corpus: what is counted, one or more of ``"sample"`` (what the section ``sample`` says; in
+        the paper, the draft's samples), ``"generated"`` (what the drafts learn from) and
+        ``"train"`` (the training text).
       min_trigram_count: a trigram counted fewer times is dropped; 1 keeps all.
       max_bigrams, max_trigrams: keep at most so many, the most frequent; 0 for all.
       memory_megabytes: for counting, however long the text.
     """
 
-    corpus: str = "sample"
+    corpus: tuple[str, ...] = ("sample",)
     min_trigram_count: int = 1
     max_bigrams: int = 0
     max_trigrams: int = 0
@@ -290,14 +301,19 @@ class Config:
                     f'{name}.init="oracle" copies layers, so {name}.n_embd must be the oracle\'s; '
                     "make them equal or start the draft from nothing"
                 )
-        self._check_drawing("sample")
         ngram = self.ngram
+        self._check_drawing("sample")
+        if "generated" in ngram.corpus:
+            self._check_drawing("generated")
         if min(ngram.min_trigram_count, ngram.memory_megabytes) < 1:
             raise ConfigError("ngram.min_trigram_count and memory_megabytes must be at least 1")
         if min(ngram.max_bigrams, ngram.max_trigrams) < 0:
             raise ConfigError("ngram.max_bigrams and max_trigrams must not be negative")
-        if ngram.corpus not in ("sample", "train"):
-            raise ConfigError(f"ngram.corpus must be sample or train, not {self.ngram.corpus!r}")
+        if not ngram.corpus or not set(ngram.corpus) <= {"sample", "generated", "train"}:
+            raise ConfigError(
+                "ngram.corpus must list some of sample, generated and train, "
+                f"not {list(ngram.corpus)}"
+            )
         if self.data.heldout_one_in < 2:
             raise ConfigError("data.heldout_one_in must be at least 2, or nothing is left to train")
 
@@ -327,7 +343,14 @@ class Config:
             raise ConfigError(f"{name}.shards, batch and length must be at least 1")
         if settings.temperature < 0 or settings.prompt < 0:
             raise ConfigError(f"{name}.temperature and {name}.prompt must not be negative")
-        if settings.temperature == 0 and not settings.prompt:
+        if not 0 <= settings.greedy <= 1:
+            raise ConfigError(f"{name}.greedy must lie in [0, 1], not {settings.greedy}")
+        if settings.functions and not settings.prompt:
+            raise ConfigError(
+                f"{name}.functions needs {name}.prompt, the longest signature and docstring in "
+                "tokens; set it"
+            )
+        if 0 in (settings.temperature, 1 - settings.greedy) and not settings.prompt:
             raise ConfigError(
                 f"{name}.temperature=0 without a prompt draws one text over and over; "
                 f"set {name}.prompt or a temperature"

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from ssd_jax.errors import ConfigError
 from ssd_jax.gpt2 import GPT2, parameter_count
 from ssd_jax.ngram import KatzModel
+from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training import loop, sample
 from ssd_jax.training.config import ModelConfig, SampleConfig, TrainConfig
 from ssd_jax.training.surgery import in_float32
@@ -47,7 +48,7 @@ def corpora(
     temperatures: Sequence[float],
     shards: int,
     seed: int,
-    end_of_text: int,
+    tokenizer: Tokenizer,
     limits: dict[str, Any],
     say: Say = print,
 ) -> list[Row]:
@@ -67,7 +68,7 @@ def corpora(
       temperatures: of the draft's samples.
       shards: of 64 rows of 256 tokens each, for every corpus.
       seed: of all draws.
-      end_of_text: id that new texts begin after.
+      tokenizer: the models'.
       limits: further arguments of :meth:`KatzModel.fit` for the whole training text.
       say: receives progress.
     """
@@ -76,11 +77,11 @@ def corpora(
 
     def drawn(name: str, model: GPT2, source: TokenFile, settings: SampleConfig):
         folder = work / name
+        prompts = sample.Prompts(settings, source, tokenizer, seed)
         sample.draw_shards(
-            model, settings, folder, seed=seed, end_of_text=end_of_text, text=source,
-            say=lambda line: say(f"{name}: {line}"),
-        )  # fmt: skip
-        return list(sample.sampled_documents(folder, settings, end_of_text))
+            model, settings, folder, prompts, seed=seed, say=lambda line: say(f"{name}: {line}")
+        )
+        return list(sample.sampled_documents(folder, settings, cast(int, tokenizer.eos_token_id)))
 
     kinds: dict[str, list[np.ndarray]] = {
         f"draft's samples, T={t:g}": drawn(

@@ -44,6 +44,23 @@ def _documented_functions(text: str) -> Iterator[str]:
             yield source
 
 
+def function_beginning(source: str) -> str:
+    """Signature and docstring of a function, up to and with the newline before its body.
+
+    Args:
+      source: what :func:`documented_functions` returns; anything else has no beginning ("").
+    """
+    if not source.startswith(("def ", "async def ")):
+        return ""
+    try:
+        function = ast.parse(source).body[0]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+        return ""
+    return "".join(source.splitlines(keepends=True)[: function.body[0].end_lineno])
+
+
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     """Pause the garbage collector: it takes longer than parsing does.

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 
 from ssd_jax.gpt2 import GPT2, parameter_count
-from ssd_jax.training.config import Config
+from ssd_jax.training.config import Config, SampleConfig
 from ssd_jax.training.tokens import TokenFile
 
 
@@ -151,5 +151,18 @@ def model_card(
         perplexity=perplexity,
         ngram_sizes=ngram_sizes,
         window=window(config),
-        sampled=config.sample.shards * config.sample.batch * config.sample.length,
+        counted=" and ".join(_described(config, name) for name in config.ngram.corpus),
+    )
+
+
+def _described(config: Config, corpus: str) -> str:
+    """What the n-gram was counted on, in words."""
+    if corpus == "train":
+        return "the training text"
+    drawn: SampleConfig = getattr(config, corpus)
+    begun = ", from functions' signatures and docstrings on" if drawn.functions else ""
+    greedy = f" ({drawn.greedy:.0%} of it greedy)" if drawn.greedy else ""
+    return (
+        f"text drawn from the {drawn.model} at temperature {drawn.temperature:g}{greedy}{begun} "
+        f"({drawn.shards * drawn.batch:,} rows of at most {drawn.length} tokens)"
     )

@@ -150,8 +150,16 @@ class Pipeline:
     def _generated(self, name: str) -> tokens.Generated:
         source = "own" if name == "oracle" else "generated"
         settings: SampleConfig = getattr(self.config, source)
-        rows = np.concatenate(list(sample.read_shards(self.work / source, settings)))
-        return tokens.Generated.of(rows, settings.prompt)
+        end_of_text = self._end_of_text()
+        prompts, drawn = [], []
+        for shard in sample.read_shards(self.work / source, settings):
+            for prompt, given, row in zip(*shard, strict=True):
+                ends = np.flatnonzero(row == end_of_text)
+                prompts.append(prompt[:given])
+                # What a model goes on with after an end is much the same everywhere.
+                drawn.append(row[: ends[0] + 1] if len(ends) else row)
+        use = tokens.Generated.to_unlearn if name == "oracle" else tokens.Generated.to_imitate
+        return use(prompts, drawn, self.config.training(name).context + 1)
 
     def _trainer(self, name: str, teacher: GPT2 | None = None) -> loop.Trainer:
         model = self.config.model(name)
@@ -199,13 +207,14 @@ class Pipeline:
         return [*earlier, this]
 
     def generated(self) -> None:
-        """Draw text from the oracle for drafts to learn from; nothing where none does."""
-        if any(self.config.training(name).generated for name in self.config.models[1:]):
+        """Draw text from the oracle, if drafts learn from it or the n-gram counts it."""
+        learnt = any(self.config.training(name).generated for name in self.config.models[1:])
+        if learnt or "generated" in self.config.ngram.corpus:
             self._draw_trained("generated", self.config.generated)
 
     def sample(self) -> None:
         """Draw the n-gram's corpus, if that is what is counted."""
-        if self.config.ngram.corpus == "sample":
+        if "sample" in self.config.ngram.corpus:
             self._draw_trained("sample", self.config.sample)
 
     def _draw_trained(self, name: str, settings: SampleConfig) -> None:
@@ -229,9 +238,13 @@ class Pipeline:
             model,
             settings,
             folder,
+            sample.Prompts(
+                settings,
+                tokens.TokenFile(self.work, "train"),
+                Tokenizer.load(self.work),
+                self.config.seed,
+            ),
             seed=self.config.seed,
-            end_of_text=self._end_of_text(),
-            text=tokens.TokenFile(self.work, "train") if settings.prompt else None,
             say=lambda line: self.say(f"{name}: {line}"),
         )
 
@@ -258,11 +271,12 @@ class Pipeline:
         }
 
     def _ngram_documents(self) -> Iterator[np.ndarray]:
-        if self.config.ngram.corpus == "train":
-            return tokens.TokenFile(self.work, "train").texts()
-        return sample.sampled_documents(
-            self.work / "sample", self.config.sample, self._end_of_text()
-        )
+        for name in self.config.ngram.corpus:
+            if name == "train":
+                yield from tokens.TokenFile(self.work, name).texts()
+            else:
+                settings: SampleConfig = getattr(self.config, name)
+                yield from sample.sampled_documents(self.work / name, settings, self._end_of_text())
 
     def corpora(self, temperatures: Sequence[float], shards: int) -> None:
         """Print a comparison of texts to count the trigram on (:func:`experiments.corpora`)."""
@@ -275,7 +289,7 @@ class Pipeline:
             temperatures=temperatures,
             shards=shards,
             seed=self.config.seed,
-            end_of_text=self._end_of_text(),
+            tokenizer=Tokenizer.load(self.work),
             limits=self._ngram_limits(),
             say=self.say,
         )

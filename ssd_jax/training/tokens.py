@@ -203,11 +203,42 @@ class Generated(NamedTuple):
     loops: np.ndarray
 
     @classmethod
-    def of(cls, rows: np.ndarray, prompt: int) -> Generated:
-        """Drawn rows, of which the first ``prompt`` tokens are text as it was written."""
-        loops = np.stack([_find_loops(row) for row in rows.tolist()])
-        drawn = np.arange(1, rows.shape[1]) >= prompt
-        return cls(rows, np.where(drawn & (loops == 0), IGNORED, np.where(drawn, loops, 0)))
+    def to_unlearn(
+        cls, prompts: Sequence[np.ndarray], drawn: Sequence[np.ndarray], length: int
+    ) -> Generated:
+        """Prompts and what was drawn after each; of the latter only to leave loops is learnt."""
+        return cls._joined(prompts, drawn, length, unlearn=True)
+
+    @classmethod
+    def to_imitate(
+        cls, prompts: Sequence[np.ndarray], drawn: Sequence[np.ndarray], length: int
+    ) -> Generated:
+        """Prompts and what was drawn after each, learnt like any text."""
+        return cls._joined(prompts, drawn, length, unlearn=False)
+
+    @classmethod
+    def _joined(cls, prompts, drawn, length: int, unlearn: bool) -> Generated:
+        """Rows that begin with one text each; the texts after it fill the place that it leaves."""
+        texts = [np.concatenate(pair) for pair in zip(prompts, drawn, strict=True)]
+        loops = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            found = np.zeros(len(text), np.int32)
+            if unlearn:
+                is_loop = np.append(0, _find_loops(text.tolist()))[len(prompt) :]
+                found[len(prompt) :] = np.where(is_loop > 0, is_loop, IGNORED)
+            found[0] = IGNORED  # what a text begins with does not follow from another
+            loops.append(found)
+        tokens = np.stack([_filled(texts, row, length) for row in range(len(texts))])
+        marks = np.stack([_filled(loops, row, length) for row in range(len(texts))])
+        return cls(tokens, marks[:, 1:])
+
+
+def _filled(pieces: Sequence[np.ndarray], first: int, length: int) -> np.ndarray:
+    """``length`` items of the pieces one after another, beginning with the ``first``."""
+    found: list[np.ndarray] = []
+    while (size := sum(map(len, found))) < length:
+        found.append(pieces[(first + len(found)) % len(pieces)][: length - size])
+    return np.concatenate(found)
 
 
 def _find_loops(tokens: list[int], length: int = 8) -> np.ndarray:
