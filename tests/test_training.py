@@ -294,14 +294,17 @@ def test_a_model_learns_to_leave_loops(tmp_path):
 
 def test_loops_of_drawn_text_are_found():
     text = [1, 2, *range(10, 18), 3, *range(10, 18), 4, *range(10, 18), 5, *range(11, 19), 6]
-    found = tokens.Generated.to_unlearn([np.array(text[:2])], [np.array(text[2:])], len(text))
+    found = tokens.Generated.to_unlearn([np.array(text[:2])], [np.array(text[2:])], len(text), 0)
     np.testing.assert_array_equal(found.tokens, [text])
     # The third occurrence of eight tokens is a loop, nine back; what was drawn is never learnt.
     expected = [0] + [tokens.IGNORED] * (len(text) - 2)
     expected[text.index(5) - 2] = 9
     assert found.loops[0].tolist() == expected
-    loops = tokens.Generated.to_unlearn([np.full(20, 7)], [np.array([], int)], 20).loops
+    loops = tokens.Generated.to_unlearn([np.full(20, 7)], [np.array([], int)], 20, 0).loops
     assert loops.tolist() == [[0] * 19]  # a prompt is text like any other
+    for end, mark in ((0, 0), (9, tokens.IGNORED)):  # without a loop and ended, or cut off
+        loops = tokens.Generated.to_unlearn([np.array([1])], [np.array([5, 6, end])], 4, 0).loops
+        assert loops.tolist() == [[mark] * 3]
 
 
 def test_drawn_texts_to_imitate_follow_one_another():
@@ -316,7 +319,7 @@ def test_drawn_texts_to_imitate_follow_one_another():
 def test_generated_rows_are_marked_and_start_at_position_0(tmp_path):
     file = _token_file(tmp_path, [4000], [1])
     texts = list(np.full((3, 30), 5000, np.uint16))
-    drawn = tokens.Generated.to_unlearn([t[:4] for t in texts], [t[4:] for t in texts], 30)
+    drawn = tokens.Generated.to_unlearn([t[:4] for t in texts], [t[4:] for t in texts], 30, 0)
     settings = TrainConfig(steps=9, batch=16, context=24, learning_rate=1.0, generated=0.5)
     shares = []
     for step in range(9):

@@ -158,8 +158,10 @@ class Pipeline:
                 prompts.append(prompt[:given])
                 # What a model goes on with after an end is much the same everywhere.
                 drawn.append(row[: ends[0] + 1] if len(ends) else row)
-        use = tokens.Generated.to_unlearn if name == "oracle" else tokens.Generated.to_imitate
-        return use(prompts, drawn, self.config.training(name).context + 1)
+        length = self.config.training(name).context + 1
+        if name == "oracle":
+            return tokens.Generated.to_unlearn(prompts, drawn, length, end_of_text)
+        return tokens.Generated.to_imitate(prompts, drawn, length)
 
     def _trainer(self, name: str, teacher: GPT2 | None = None) -> loop.Trainer:
         model = self.config.model(name)

@@ -204,33 +204,43 @@ class Generated(NamedTuple):
 
     @classmethod
     def to_unlearn(
-        cls, prompts: Sequence[np.ndarray], drawn: Sequence[np.ndarray], length: int
+        cls,
+        prompts: Sequence[np.ndarray],
+        drawn: Sequence[np.ndarray],
+        length: int,
+        end_of_text: int,
     ) -> Generated:
-        """Prompts and what was drawn after each; of the latter only to leave loops is learnt."""
-        return cls._joined(prompts, drawn, length, unlearn=True)
+        """Prompts and what was drawn after each, from which a model learns to leave its loops.
+
+        A text without a loop that came to its end is learnt like any other: it shows what to do
+        instead. Of the other texts nothing but the loops counts.
+        """
+        marks = []
+        for prompt, text in zip(prompts, drawn, strict=True):
+            whole = np.concatenate([prompt, text])
+            loops = np.append(0, _find_loops(whole.tolist()))[len(prompt) :]
+            is_good = not loops.any() and len(text) and text[-1] == end_of_text
+            loops = np.where(loops > 0, loops, 0 if is_good else IGNORED)
+            marks.append(np.append(np.zeros(len(prompt), np.int32), loops))
+        return cls._joined(prompts, drawn, marks, length)
 
     @classmethod
     def to_imitate(
         cls, prompts: Sequence[np.ndarray], drawn: Sequence[np.ndarray], length: int
     ) -> Generated:
         """Prompts and what was drawn after each, learnt like any text."""
-        return cls._joined(prompts, drawn, length, unlearn=False)
+        marks = [np.zeros(len(p) + len(d), int) for p, d in zip(prompts, drawn, strict=True)]
+        return cls._joined(prompts, drawn, marks, length)
 
     @classmethod
-    def _joined(cls, prompts, drawn, length: int, unlearn: bool) -> Generated:
+    def _joined(cls, prompts, drawn, marks, length: int) -> Generated:
         """Rows that begin with one text each; the texts after it fill the place that it leaves."""
         texts = [np.concatenate(pair) for pair in zip(prompts, drawn, strict=True)]
-        loops = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            found = np.zeros(len(text), np.int32)
-            if unlearn:
-                is_loop = np.append(0, _find_loops(text.tolist()))[len(prompt) :]
-                found[len(prompt) :] = np.where(is_loop > 0, is_loop, IGNORED)
-            found[0] = IGNORED  # what a text begins with does not follow from another
-            loops.append(found)
+        for mark in marks:
+            mark[0] = IGNORED  # what a text begins with does not follow from another
         tokens = np.stack([_filled(texts, row, length) for row in range(len(texts))])
-        marks = np.stack([_filled(loops, row, length) for row in range(len(texts))])
-        return cls(tokens, marks[:, 1:])
+        loops = np.stack([_filled(marks, row, length) for row in range(len(texts))])
+        return cls(tokens, loops[:, 1:].astype(np.int32))
 
 
 def _filled(pieces: Sequence[np.ndarray], first: int, length: int) -> np.ndarray:
