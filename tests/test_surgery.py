@@ -17,7 +17,7 @@ from ssd_jax.stack import Stack
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training import command, tokens
 from ssd_jax.training.config import TokenizerConfig
-from ssd_jax.training.surgery import layers_of, widen
+from ssd_jax.training.surgery import layers_of, prune_hidden, widen
 
 
 def _logits(model) -> np.ndarray:
@@ -47,6 +47,22 @@ def test_a_widened_model_has_the_same_logits(fields, copies, layers):
     assert wide.config.n_embd == 16 * copies and wide.config.n_layer == layers
     assert wide.config.head_dim == small.config.head_dim
     np.testing.assert_allclose(_logits(wide), _logits(small), rtol=1e-4, atol=1e-4)
+
+
+def test_pruning_keeps_the_units_that_weigh_most():
+    model = toys.model(2, width=16)
+    # Units that write nothing can go without a trace.
+    useless = np.random.default_rng(0).permutation(64)[:24]
+    for block in model.h:
+        kernel = block.mlp.c_proj.kernel
+        kernel[...] = kernel[...].at[useless].set(0.0)
+    pruned = prune_hidden(model, 40)
+    assert pruned.config.inner_dim == 40 and model.config.inner_dim == 64
+    np.testing.assert_allclose(_logits(pruned), _logits(model), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(_logits(prune_hidden(model, 20)), _logits(model), atol=1e-4)
+    for units in (0, 65):
+        with pytest.raises(ConfigError, match="hidden units"):
+            prune_hidden(model, units)
 
 
 def test_a_widened_oracle_writes_and_accepts_the_same():

@@ -60,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     widen.add_argument("--layers", required=True, type=int, help="at least the model's layers")
     widen.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     widen.add_argument("--out", required=True, type=Path, metavar="DIR")
+    does = "take the hidden units that weigh least out of a trained model, to train it further"
+    prune = commands.add_parser("prune", help=does, description=does)
+    prune.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face GPT-2 folder")
+    prune.add_argument("--hidden", required=True, type=int, help="units to keep in each layer")
+    prune.add_argument("--out", required=True, type=Path, metavar="DIR")
     return parser
 
 
@@ -80,7 +85,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``scripts/train.py``; returns the exit status."""
     args = build_parser().parse_args(argv)
-    run = _widen if args.step == "widen" else _run
+    run = {"widen": _widen, "prune": _prune}.get(args.step, _run)
     return cli.run_command(
         lambda: run(args),
         prefix="train.py",
@@ -126,3 +131,17 @@ def _widen(args: argparse.Namespace) -> None:
     checkpoint.save_model(wide, args.out, dtype=args.dtype, label=label)
     Tokenizer.load(args.model).save(args.out)
     _say(f"{label}; {before:,} to {after:,} parameters, in {args.out}")
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from ssd_jax import checkpoint
+    from ssd_jax.gpt2 import parameter_count
+    from ssd_jax.tokenizer import Tokenizer
+    from ssd_jax.training.surgery import prune_hidden
+
+    model = checkpoint.load_model(args.model)
+    pruned = prune_hidden(model, args.hidden)
+    checkpoint.save_model(pruned, args.out, dtype="float32")
+    Tokenizer.load(args.model).save(args.out)
+    before, after = parameter_count(model), parameter_count(pruned)
+    _say(f"{before:,} to {after:,} parameters, in {args.out}")

@@ -1,4 +1,4 @@
-"""Models made from other models' weights: fewer layers, or the same function at a larger shape."""
+"""Models made from other models: fewer layers or units, or the same function at a larger shape."""
 
 from __future__ import annotations
 
@@ -33,6 +33,31 @@ def layers_of(model: GPT2, layers: int) -> GPT2:
     weights = _weights(model)
     weights["h"] = {new: weights["h"][old] for new, old in enumerate(chosen.tolist())}
     return _model(dataclasses.replace(model.config, n_layer=layers), weights, np.float32)
+
+
+def prune_hidden(model: GPT2, units: int) -> GPT2:
+    """A float32 model whose MLPs have ``units`` hidden units, those that weigh most.
+
+    A unit's weight is the product of the norms of what it reads by and of what it writes. Some
+    training afterwards makes up for those that are gone.
+
+    Raises:
+      ConfigError: the model has fewer.
+    """
+    if not 1 <= units <= model.config.inner_dim:
+        raise ConfigError(
+            f"cannot keep {units} of {model.config.inner_dim} hidden units; ask for fewer"
+        )
+    weights = _weights(model)
+    for block in weights["h"].values():
+        read, write = block["mlp"]["c_fc"], block["mlp"]["c_proj"]
+        size = np.linalg.norm(read["kernel"], axis=0) * np.linalg.norm(write["kernel"], axis=1)
+        kept = np.sort(np.argsort(size)[len(size) - units :])
+        block["mlp"] = {
+            "c_fc": {"kernel": read["kernel"][:, kept], "bias": read["bias"][kept]},
+            "c_proj": {"kernel": write["kernel"][kept], "bias": write["bias"]},
+        }
+    return _model(dataclasses.replace(model.config, n_inner=units), weights, np.float32)
 
 
 def widen(model: GPT2, *, width: int, layers: int, dtype: Any = np.float32) -> GPT2:
