@@ -104,11 +104,13 @@ class ModelConfig:
         wide as the oracle, for the oracle's embeddings and ``n_layer`` evenly spaced layers of
         it; else a Hugging Face GPT-2 folder (or hub model) to fine-tune, which then gives the
         shape too.
+      n_inner: hidden units of an MLP; 0 for four times ``n_embd``.
     """
 
     n_embd: int = 0
     n_layer: int = 0
     n_head: int = 0
+    n_inner: int = 0
     n_positions: int = 1024
     init: str = ""
 
@@ -124,6 +126,7 @@ class ModelConfig:
             n_embd=self.n_embd,
             n_layer=self.n_layer,
             n_head=self.n_head,
+            n_inner=self.n_inner or None,
             n_positions=self.n_positions,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -379,12 +382,12 @@ class Config:
 def _check_model(name: str, model: ModelConfig) -> None:
     if name == "oracle" and model.init == "oracle":
         raise ConfigError("oracle.init cannot be the oracle itself; name a model folder")
-    shape = (model.n_embd, model.n_layer, model.n_head)
+    shape = (model.n_embd, model.n_layer, model.n_head, model.n_inner)
     if not model.is_pretrained:
         model.gpt2(MAX_VOCAB, END_OF_TEXT_ID)
     elif any(shape):
         raise ConfigError(
-            f"{name}.init={model.init!r} gives the shape; remove n_embd, n_layer and n_head"
+            f"{name}.init={model.init!r} gives the shape; remove n_embd, n_layer, n_head and n_inner"
         )
 
 

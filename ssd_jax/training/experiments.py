@@ -197,7 +197,7 @@ def parse_shape(text: str, positions: int, head_dim: int = 32) -> ModelConfig:
     if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width)):
         raise ConfigError(f"a shape reads LAYERSxWIDTH, for instance 2x96, not {text!r}")
     heads = max(1, int(width) // head_dim)
-    return ModelConfig(int(width), int(layers), heads, positions)
+    return ModelConfig(int(width), int(layers), heads, n_positions=positions)
 
 
 def pass_seconds(models: Sequence[GPT2], slots: int = 256, repeats: int = 30) -> list[float]:
