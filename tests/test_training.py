@@ -97,6 +97,7 @@ def run(tmp_path_factory):
         ("sample.temperature=-1.0", "temperature"),
         ('ngram.corpus=["web"]', "corpus"),
         ("ngram.corpus=[]", "corpus"),
+        ("ngram.drawn_repeats=0", "drawn_repeats"),
         ("sample.greedy=2", "greedy"),
         ("sample.functions=true", "prompt"),
         ("oracle.n_head=3", "not a multiple"),

@@ -242,12 +242,15 @@ class NgramConfig:
       corpus: what is counted, one or more of ``"sample"`` (what the section ``sample`` says; in
         the paper, the draft's samples), ``"generated"`` (what the drafts learn from) and
         ``"train"`` (the training text).
+      drawn_repeats: how often text that was drawn is counted: it is little next to the training
+        text, and nearer to what is looked up.
       min_trigram_count: a trigram counted fewer times is dropped; 1 keeps all.
       max_bigrams, max_trigrams: keep at most so many, the most frequent; 0 for all.
       memory_megabytes: for counting, however long the text.
     """
 
     corpus: tuple[str, ...] = ("sample",)
+    drawn_repeats: int = 1
     min_trigram_count: int = 1
     max_bigrams: int = 0
     max_trigrams: int = 0
@@ -308,8 +311,9 @@ class Config:
         self._check_drawing("sample")
         if "generated" in ngram.corpus:
             self._check_drawing("generated")
-        if min(ngram.min_trigram_count, ngram.memory_megabytes) < 1:
-            raise ConfigError("ngram.min_trigram_count and memory_megabytes must be at least 1")
+        for field in ("drawn_repeats", "min_trigram_count", "memory_megabytes"):
+            if getattr(ngram, field) < 1:
+                raise ConfigError(f"ngram.{field} must be at least 1")
         if min(ngram.max_bigrams, ngram.max_trigrams) < 0:
             raise ConfigError("ngram.max_bigrams and max_trigrams must not be negative")
         if not ngram.corpus or not set(ngram.corpus) <= {"sample", "generated", "train"}:
@@ -387,7 +391,7 @@ def _check_model(name: str, model: ModelConfig) -> None:
         model.gpt2(MAX_VOCAB, END_OF_TEXT_ID)
     elif any(shape):
         raise ConfigError(
-            f"{name}.init={model.init!r} gives the shape; remove n_embd, n_layer, n_head and n_inner"
+            f"{name}.init={model.init!r} gives the shape; remove n_embd, n_layer, n_head, n_inner"
         )
 
 

@@ -164,5 +164,6 @@ def _described(config: Config, corpus: str) -> str:
     greedy = f" ({drawn.greedy:.0%} of it greedy)" if drawn.greedy else ""
     return (
         f"text drawn from the {drawn.model} at temperature {drawn.temperature:g}{greedy}{begun} "
-        f"({drawn.shards * drawn.batch:,} rows of at most {drawn.length} tokens)"
+        f"({drawn.shards * drawn.batch:,} rows of at most {drawn.length} tokens"
+        + (f", counted {repeats} times)" if (repeats := config.ngram.drawn_repeats) > 1 else ")")
     )

@@ -278,7 +278,10 @@ class Pipeline:
                 yield from tokens.TokenFile(self.work, name).texts()
             else:
                 settings: SampleConfig = getattr(self.config, name)
-                yield from sample.sampled_documents(self.work / name, settings, self._end_of_text())
+                for _ in range(self.config.ngram.drawn_repeats):
+                    yield from sample.sampled_documents(
+                        self.work / name, settings, self._end_of_text()
+                    )
 
     def corpora(self, temperatures: Sequence[float], shards: int) -> None:
         """Print a comparison of texts to count the trigram on (:func:`experiments.corpora`)."""
