@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -851,25 +852,29 @@ def test_prompts_are_the_beginnings_of_functions(run, tmp_path):
     tokenizer = Tokenizer.load(run.work)
     body = "\n".join(f"    x{i} = {i}" for i in range(6))
     beginnings = [f'def f{i}(x):\n    """Says {"much " * 9 * (i % 2)}."""\n' for i in range(8)]
-    texts = [*(b + body for b in beginnings), "import os\n", "def broken(:\n", ""]
+    method = beginnings[0].replace("f0", "method")
+    held = textwrap.indent(method + body, "    ")
+    file = f"import os\n\n\nclass A:\n{held}\n\n\n{beginnings[0]}{body}"
+    texts = [*(b + body for b in beginnings), file, "def broken(:\n", ""]
     ids = [[*tokenizer.encode(text), END_OF_TEXT_ID] for text in texts]
     starts = np.cumsum([0, *map(len, ids)])[:-1]
     tokens.save_array(tmp_path / "train.tokens.npy", np.concatenate(ids).astype(np.uint16))
     documents = np.stack([starts, np.ones(len(ids), np.int64)], axis=1)
     tokens.save_array(tmp_path / "train.documents.npy", documents)
-    file = tokens.TokenFile(tmp_path, "train")
-    longest = len(tokenizer.encode(beginnings[0]))
-    settings = configs.SampleConfig(functions=True, prompt=longest, shards=2, batch=3)
-    shards = [sample.Prompts(settings, file, tokenizer, seed=1)(shard) for shard in (0, 1)]
+    text = tokens.TokenFile(tmp_path, "train")
+    longest = max(len(tokenizer.encode(b)) for b in (*beginnings[::2], method))
+    settings = configs.SampleConfig(functions=True, prompt=longest, shards=2, batch=4)
+    shards = [sample.Prompts(settings, text, tokenizer, seed=1)(shard) for shard in (0, 1)]
     said = [
         tokenizer.decode(row[:count].tolist())
         for rows, given in shards
         for row, count in zip(rows, given, strict=True)
     ]
-    assert set(said) == set(beginnings[::2]) and len(said) == 6  # the others are too long
+    # The others are too long; a function that is in a file as well is one.
+    assert set(said) == {*beginnings[::2], method} and len(said) == 8
     short = dataclasses.replace(settings, prompt=2)
-    with pytest.raises(DataError, match="function_repeats"):
-        sample.Prompts(short, file, tokenizer, seed=1)
+    with pytest.raises(DataError, match="at most 2 tokens"):
+        sample.Prompts(short, text, tokenizer, seed=1)
 
 
 def test_some_shards_are_greedy():

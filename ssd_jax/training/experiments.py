@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,10 @@ from ssd_jax.errors import ConfigError
 from ssd_jax.gpt2 import GPT2, parameter_count
 from ssd_jax.ngram import KatzModel
 from ssd_jax.tokenizer import Tokenizer
-from ssd_jax.training import loop, sample
+from ssd_jax.training import loop, report, sample
 from ssd_jax.training.config import ModelConfig, SampleConfig, TrainConfig
 from ssd_jax.training.surgery import in_float32
-from ssd_jax.training.tokens import TokenFile
+from ssd_jax.training.tokens import Generated, TokenFile
 
 WHOLE = "training text, all of it"
 CHAIN = 4  # drafted tokens of the chain that acceptance is reckoned for
@@ -74,14 +75,12 @@ def corpora(
     """
     train, heldout = TokenFile(text, "train"), TokenFile(text, "heldout")
     rows = SampleConfig(shards=shards, batch=64, length=256)
+    end_of_text = cast(int, tokenizer.eos_token_id)
 
     def drawn(name: str, model: GPT2, source: TokenFile, settings: SampleConfig):
-        folder = work / name
         prompts = sample.Prompts(settings, source, tokenizer, seed)
-        sample.draw_shards(
-            model, settings, folder, prompts, seed=seed, say=lambda line: say(f"{name}: {line}")
-        )
-        return list(sample.sampled_documents(folder, settings, cast(int, tokenizer.eos_token_id)))
+        _draw(name, model, settings, prompts, work, seed, say)
+        return list(sample.sampled_documents(work / name, settings, end_of_text))
 
     kinds: dict[str, list[np.ndarray]] = {
         f"draft's samples, T={t:g}": drawn(
@@ -116,6 +115,20 @@ def corpora(
     return table
 
 
+def _draw(
+    name: str,
+    model: GPT2,
+    settings: SampleConfig,
+    prompts: sample.Prompts,
+    work: Path,
+    seed: int,
+    say: Say,
+) -> None:
+    sample.draw_shards(
+        model, settings, work / name, prompts, seed=seed, say=lambda line: say(f"{name}: {line}")
+    )
+
+
 def _some_of(documents: list[np.ndarray], tokens: int, seed: int) -> list[np.ndarray]:
     """Random whole documents of about so many tokens."""
     order = np.random.default_rng(seed).permutation(len(documents))
@@ -128,57 +141,78 @@ def _some_of(documents: list[np.ndarray], tokens: int, seed: int) -> list[np.nda
 
 def shapes(
     oracle: GPT2,
-    candidates: Sequence[ModelConfig],
+    candidates: Mapping[str, ModelConfig],
     settings: TrainConfig,
     text: Path,
     work: Path,
     *,
+    generated: Generated | None,
+    drawing: SampleConfig,
+    tokenizer: Tokenizer,
     sizes: np.ndarray,
     seed: int,
-    end_of_text: int,
     say: Say = print,
 ) -> list[Row]:
     """Drafts of several shapes, trained alike, by what they accept and what a pass costs.
 
     "Accepted" is the mean number of tokens of a chain of :data:`CHAIN` that the oracle would
-    take on held-out text: greedy, where both find the same tokens likeliest; sampled, from the
-    overlap of the two distributions. "Speed" divides the tokens of a round by its cost in
-    oracle passes, with passes timed alone on this device, one row each over a cache of 256.
+    take of text that it wrote itself, going on from held-out text as ``drawing`` says: greedy,
+    where the draft finds the same tokens likeliest; at temperature 1, from the overlap of the
+    two distributions. "Speed" divides the tokens of a round by its cost in oracle passes, with
+    passes timed alone on this device, one row each over a cache of 256.
 
     Args:
       oracle: what they learn from.
-      candidates: the shapes.
+      candidates: the shapes, by name.
       settings: how each is trained.
       text: folder of the encoded splits.
-      work: keeps the training runs, so that an interrupted comparison goes on.
+      work: keeps what was drawn and trained, so that an interrupted comparison goes on.
+      generated: text of the oracle's that they learn from, for ``settings.generated``.
+      drawing: where and how far the oracle's own text goes on; 64 rows each are judged.
+      tokenizer: the models'.
       sizes: ``[V]``, bytes of each token.
-      seed: of initial weights and batches.
-      end_of_text: id of the token.
+      seed: of initial weights, batches and draws.
       say: receives progress.
     """
-    trained: list[tuple[str, GPT2]] = []
-    for shape in candidates:
-        name = f"{shape.n_layer}x{shape.n_embd}"
+    end_of_text = cast(int, tokenizer.eos_token_id)
+    trained: dict[str, GPT2] = {"oracle": in_float32(oracle)}
+    for name, shape in candidates.items():
         config = shape.gpt2(oracle.config.vocab_size, end_of_text)
         trainer = loop.Trainer(config, settings, teacher=oracle, seed=seed)
         state = loop.train(
-            trainer, text, work / name, say=lambda line, name=name: say(f"{name}: {line}")
+            trainer,
+            text,
+            work / name,
+            generated=generated,
+            say=lambda line, name=name: say(f"{name}: {line}"),
         )
-        trained.append((name, in_float32(trainer.model(state))))
-    seconds = pass_seconds([in_float32(oracle), *(model for _, model in trained)])
+        trained[name] = in_float32(trainer.model(state))
     heldout = TokenFile(text, "heldout")
+    quality = report.compare(trained, heldout, sizes, context=settings.context, windows=128)
+    few = dataclasses.replace(drawing, shards=1, batch=64)
+    prompts = sample.Prompts(few, heldout, tokenizer, seed)
+    judges: list[sample.Shard] = []
+    for name, temperature in (("judge-greedy", 0.0), ("judge-sampled", 1.0)):
+        own = dataclasses.replace(few, temperature=temperature, greedy=0.0)
+        _draw(name, trained["oracle"], own, prompts, work, seed, say)
+        judges += sample.read_shards(work / name, own)
+    seconds = dict(zip(trained, pass_seconds(list(trained.values())), strict=True))
     table = []
-    for (name, model), cost in zip(trained, seconds[1:], strict=True):
-        bits, greedy, sampled = _acceptance(oracle, model, heldout, sizes, settings.context)
-        relative = cost / seconds[0]
+    for name in candidates:
+        draft = trained[name]
+        greedy, sampled = (
+            accepted(trained["oracle"], draft, shard, end_of_text)[kind]
+            for shard, kind in zip(judges, ("greedy", "sampled"), strict=True)
+        )
+        relative = seconds[name] / seconds["oracle"]
         table.append(
             {
                 "layers x width": name,
-                "parameters": f"{parameter_count(model) / 1e6:.2f}M",
-                "bits per byte": f"{bits:.3f}",
+                "parameters": f"{parameter_count(draft) / 1e6:.2f}M",
+                "bits per byte": f"{quality[name].bits:.3f}",
                 f"accepted of {CHAIN}, greedy": f"{greedy:.2f}",
                 "T=1": f"{sampled:.2f}",
-                "ms a pass": f"{1e3 * cost:.2f}",
+                "ms a pass": f"{1e3 * seconds[name]:.2f}",
                 "of the oracle's": f"{relative:.2f}",
                 "speed, greedy": f"{(1 + greedy) / (1 + CHAIN * relative):.2f}",
                 "speed, T=1": f"{(1 + sampled) / (1 + CHAIN * relative):.2f}",
@@ -188,16 +222,19 @@ def shapes(
 
 
 def parse_shape(text: str, positions: int, head_dim: int = 32) -> ModelConfig:
-    """``2x96`` as a shape of 2 layers and 96 channels.
+    """``2x96`` as a shape of 2 layers and 96 channels; ``4x96:312`` with 312 hidden units a layer.
 
     Raises:
       ConfigError: it is none.
     """
-    layers, _, width = text.partition("x")
-    if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width)):
-        raise ConfigError(f"a shape reads LAYERSxWIDTH, for instance 2x96, not {text!r}")
-    heads = max(1, int(width) // head_dim)
-    return ModelConfig(int(width), int(layers), heads, n_positions=positions)
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?::([1-9]\d*))?", text, re.ASCII)
+    if not found:
+        raise ConfigError(
+            f"a shape reads LAYERSxWIDTH or LAYERSxWIDTH:HIDDEN, for instance 2x96, not {text!r}"
+        )
+    layers, width, hidden = (int(number or 0) for number in found.groups())
+    heads = max(1, width // head_dim)
+    return ModelConfig(width, layers, heads, n_inner=hidden, n_positions=positions)
 
 
 def pass_seconds(models: Sequence[GPT2], slots: int = 256, repeats: int = 30) -> list[float]:
@@ -220,40 +257,45 @@ def pass_seconds(models: Sequence[GPT2], slots: int = 256, repeats: int = 30) ->
     return [statistics.median(own) for own in times]
 
 
-def _acceptance(
-    oracle: GPT2, draft: GPT2, heldout: TokenFile, sizes: np.ndarray, context: int
-) -> tuple[float, float, float]:
-    """Bits per byte of the draft, and accepted tokens of a chain, greedy and sampled."""
+def accepted(oracle: GPT2, draft: GPT2, shard: sample.Shard, end_of_text: int) -> dict[str, float]:
+    """Mean accepted tokens of a chain of :data:`CHAIN`, begun at every token that was drawn.
+
+    Args:
+      oracle: what drew the text.
+      draft: what would draft it.
+      shard: the text; of each row what was drawn counts, up to its first end.
+      end_of_text: id of the token.
+
+    Returns:
+      ``greedy``: a token is taken where both find the same one likeliest; ``sampled``: with the
+      probability that their distributions have in common.
+    """
 
     @jax.jit
     def measure(oracle, draft, tokens):
-        log_p, log_q = (jax.nn.log_softmax(m(tokens[:, :-1])[0]) for m in (oracle, draft))
-        nats = -jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1).sum()
+        log_p, log_q = (jax.nn.log_softmax(m(tokens)[0]) for m in (oracle, draft))
         same = (log_p.argmax(-1) == log_q.argmax(-1)).astype(jnp.float32)
-        return nats, same, jnp.exp(jnp.minimum(log_p, log_q)).sum(-1)
+        return {"greedy": same, "sampled": jnp.exp(jnp.minimum(log_p, log_q)).sum(-1)}
 
-    nats = bytes_ = 0.0
-    chains: tuple[list[float], list[float]] = ([], [])
-    for rows in _batches(heldout, context):
-        total, *rates = measure(oracle, draft, rows)
-        nats += float(total)
-        bytes_ += float(sizes[rows[:, 1:]].sum())
-        for own, rate in zip(chains, rates, strict=True):
-            own.append(chain_length(np.asarray(rate), CHAIN))
-    greedy, sampled = (float(np.mean(own)) for own in chains)
-    return nats / np.log(2) / bytes_, greedy, sampled
-
-
-def _batches(tokens: TokenFile, context: int, batch: int = 8, windows: int = 128) -> Iterator:
-    starts = tokens.spread(context, windows)
-    for first in range(0, len(starts) - batch + 1, batch):
-        yield tokens.read(starts[first : first + batch], context)
+    chains: dict[str, list[np.ndarray]] = {"greedy": [], "sampled": []}
+    length = shard.prompts.shape[1] + shard.drawn.shape[1]
+    for prompt, given, drawn in zip(*shard, strict=True):
+        row = np.zeros((1, length), np.int32)  # of one length, so that one program serves all
+        row[0, :given], row[0, given : given + len(drawn)] = prompt[:given], drawn
+        ends = np.flatnonzero(drawn == end_of_text)
+        last = given + (ends[0] + 1 if len(ends) else len(drawn))
+        for kind, rates in measure(oracle, draft, row).items():
+            # The rate at a place is that of the token after it.
+            chains[kind].append(chain_lengths(np.asarray(rates)[0, given - 1 : last - 1], CHAIN))
+    return {kind: float(np.concatenate(own).mean()) for kind, own in chains.items()}
 
 
-def chain_length(rates: np.ndarray, length: int) -> float:
-    """Mean accepted tokens of chains of ``length`` begun at every position of ``[B, T]`` rates.
+def chain_lengths(rates: np.ndarray, length: int) -> np.ndarray:
+    """``[T]`` expected accepted tokens of chains of ``length`` begun at each of ``[T]`` tokens.
 
-    ``rates`` are the probabilities that the token drafted at each position is accepted.
+    ``rates`` are the probabilities that the token drafted at each place is accepted; chains end
+    where the text does.
     """
-    windows = np.lib.stride_tricks.sliding_window_view(rates, length, axis=1)
-    return float(np.cumprod(windows, axis=-1).sum(axis=-1).mean())
+    padded = np.append(rates, np.zeros(length - 1))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, length)
+    return np.cumprod(windows, axis=-1).sum(axis=-1)

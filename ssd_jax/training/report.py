@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,9 +36,9 @@ class Quality:
     overlap: float
 
 
-def window(config: Config) -> int:
-    """Tokens of a measured window: the longest context trained on."""
-    return config.train_oracle.longest
+def window(models: Mapping[str, GPT2]) -> int:
+    """Tokens of a measured window: the same for every run, so that runs compare."""
+    return min(512, *(model.config.n_positions for model in models.values()))
 
 
 def _compare(models: dict[str, GPT2], tokens: jax.Array) -> dict[str, dict[str, jax.Array]]:
@@ -63,7 +64,7 @@ def compare(
     sizes: np.ndarray,
     *,
     context: int,
-    windows: int = 256,
+    windows: int = 1024,
     batch: int = 8,
 ) -> dict[str, Quality]:
     """All models over evenly spread held-out windows, each seen from its first token on.
@@ -150,7 +151,7 @@ def model_card(
         quality=quality,
         perplexity=perplexity,
         ngram_sizes=ngram_sizes,
-        window=window(config),
+        window=window(models),
         counted=" and ".join(_described(config, name) for name in config.ngram.corpus),
     )
 

@@ -19,7 +19,7 @@ from ssd_jax.errors import DataError
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training.config import SampleConfig
-from ssd_jax.training.functions import MOST_LINES, function_beginning
+from ssd_jax.training.functions import documented_functions, function_beginning
 from ssd_jax.training.loop import duration
 from ssd_jax.training.tokens import TokenFile
 
@@ -96,8 +96,9 @@ class Prompts:
             self._beginnings = list(itertools.islice(wanted, config.shards * config.batch))
             if not self._beginnings:
                 raise DataError(
-                    "the training text has no documented function to go on from; set "
-                    "data.function_repeats, or functions = false where text is drawn"
+                    "the text has no function whose signature and docstring are at most "
+                    f"{config.prompt} tokens to go on from; set functions = false where text is "
+                    "drawn, or a larger prompt"
                 )
 
     def __call__(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,15 +123,18 @@ class Prompts:
 def _beginnings(
     text: TokenFile, tokenizer: Tokenizer, longest: int, seed: int
 ) -> Iterator[list[int]]:
-    """Tokens of signature and docstring of the text's functions, in a random order."""
+    """Tokens of signature and docstring of the text's functions, documents in a random order."""
+    seen: set[str] = set()
     documents = np.append(text.documents[:, 0], len(text.tokens))
     for index in np.random.default_rng(seed).permutation(len(documents) - 1):
         first, end = documents[index : index + 2]
-        if end - first > 16 * MOST_LINES:  # a file; spares decoding it
-            continue
-        beginning = function_beginning(tokenizer.decode(text.tokens[first : end - 1].tolist()))
-        if beginning and len(ids := tokenizer.encode(beginning)) <= longest:
-            yield ids
+        for function in documented_functions(
+            tokenizer.decode(text.tokens[first : end - 1].tolist())
+        ):
+            beginning = function_beginning(function)
+            if beginning not in seen and len(ids := tokenizer.encode(beginning)) <= longest:
+                seen.add(beginning)  # a function may also be a document of its own
+                yield ids
 
 
 class Shard(NamedTuple):

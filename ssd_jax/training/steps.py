@@ -302,16 +302,20 @@ class Pipeline:
 
     def shapes(self, shapes: Sequence[str]) -> None:
         """Print a comparison of draft shapes, trained by ``[train_draft]``."""
-        positions = self.config.train_draft.longest
+        settings, drawing = self.config.train_draft, self.config.generated
+        positions = max(settings.longest, drawing.prompt + drawing.length)
+        self.generated()
         rows = experiments.shapes(
             self._trained("oracle"),
-            [experiments.parse_shape(shape, positions) for shape in shapes],
-            self.config.train_draft,
+            {shape: experiments.parse_shape(shape, positions) for shape in shapes},
+            settings,
             self.work,
             self.work / "shapes" / str(loop.last_step(self.work / "oracle")),
+            generated=self._generated("draft") if settings.generated else None,
+            drawing=drawing,
+            tokenizer=Tokenizer.load(self.work),
             sizes=tokens.token_bytes(self.work / "tokenizer.json"),
             seed=self.config.seed,
-            end_of_text=self._end_of_text(),
             say=self.say,
         )
         self.say(experiments.markdown(rows))
@@ -336,7 +340,7 @@ class Pipeline:
             shipped,
             heldout,
             tokens.token_bytes(self.work / "tokenizer.json"),
-            context=report.window(self.config),
+            context=report.window(shipped),
         )
         perplexity = ngram.perplexity(heldout.texts())
         card = report.model_card(
