@@ -50,10 +50,10 @@ class DraftPlan:
         below 1 the draft counts as surer of itself than its probabilities say.
     """
 
-    rounds: int = 6
-    width: int = 2
-    branch: int = 2
-    threshold: float = 0.05
+    rounds: int = 4
+    width: int = 4
+    branch: int = 3
+    threshold: float = 0.15
     tau_greedy: float = 1.0
     tau_sampled: float = 1.0
 
@@ -80,7 +80,7 @@ class NGramPlan:
       tau_greedy, tau_sampled: as for drafts.
     """
 
-    levels: int = 2
+    levels: int = 3
     width: int = 4
     branch: int = 1
     match: int = 6
@@ -151,15 +151,15 @@ class Plan:
     def staged(cls, drafts: int = 1, ngram: bool = True) -> Plan:
         """Tree drafting by every stage of the stack; without a trigram, by look-up alone.
 
-        Of the plans tried with the shipped trio on two CPU cores (``docs/decisions.md``) this is
-        the fastest; wider trees accept more tokens a pass.
+        Chosen with the shipped trio on two CPU cores (``docs/decisions.md``): plans with wider
+        trees accept more tokens a pass, narrower ones are sooner done with each.
         """
         return cls(
-            width=12,
+            width=20,
             drafts=(DraftPlan(),) * drafts,
             ngram=NGramPlan(branch=1 if ngram else 0),
             depth=12,
-            nodes=40,
+            nodes=64,
         )
 
     @classmethod

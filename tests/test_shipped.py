@@ -97,25 +97,16 @@ def test_drafts_are_small_and_of_the_same_family(stack):
     assert draft.config.n_layer <= oracle.config.n_layer // 2
 
 
-def test_staged_commits_three_tokens_a_pass_and_more_than_a_chain(stack):
-    """Three with a tree of 64 nodes; the default plan is the fastest on a CPU, not the widest."""
-    wide = Plan(
-        width=16,
-        drafts=(DraftPlan(rounds=5, width=3, branch=3),),
-        ngram=NGramPlan(branch=2),
-        depth=12,
-        nodes=64,
-    )
+def test_staged_commits_four_tokens_a_pass_and_a_chain_two_and_a_half(stack):
     rates = {}
-    for mode, plan in (("speculative", None), ("staged", wide)):
+    for mode in ("speculative", "staged"):
         results = [
-            ssd_jax.generate(stack, prompt, max_new_tokens=96, mode=mode, plan=plan)
-            for prompt in heldout(8)
+            ssd_jax.generate(stack, prompt, max_new_tokens=96, mode=mode) for prompt in heldout(8)
         ]
         tokens = sum(r.stats.new_tokens for r in results)
         rates[mode] = tokens / sum(r.stats.passes["oracle"] for r in results)
-    assert rates["staged"] >= 3.0
-    assert rates["staged"] > rates["speculative"]
+    assert rates["staged"] >= 4.0
+    assert rates["speculative"] >= 2.5
 
 
 def test_baseline_writes_what_transformers_writes(stack):

@@ -178,7 +178,8 @@ def shapes(
     trained: dict[str, GPT2] = {"oracle": in_float32(oracle)}
     for name, shape in candidates.items():
         config = shape.gpt2(oracle.config.vocab_size, end_of_text)
-        trainer = loop.Trainer(config, settings, teacher=oracle, seed=seed)
+        teacher = oracle if settings.data_weight < 1 else None
+        trainer = loop.Trainer(config, settings, teacher=teacher, seed=seed)
         state = loop.train(
             trainer,
             text,

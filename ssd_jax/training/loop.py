@@ -502,14 +502,15 @@ def plot(log: Path, image: Path) -> None:
     tokens = np.cumsum([row["tokens"] for row in rows]) / 1e6
     axes = (figure := Figure(figsize=(7, 4))).subplots()
     for color, name in (("C0", "cross_entropy"), ("C1", "kl")):
-        if not rows or name not in rows[0]:
+        having = [name in row for row in rows]  # a run may go on with another loss
+        if not any(having):
             continue
-        values = np.array([row[name] for row in rows])
+        values, at = np.array([row[name] for row in rows if name in row]), tokens[having]
         width = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         label = name.replace("_", " ")
-        axes.plot(tokens, values, color=color, alpha=0.2, linewidth=0.7)
-        axes.plot(tokens[width - 1 :], smooth, color=color, label=f"{label}, mean of {width} steps")
+        axes.plot(at, values, color=color, alpha=0.2, linewidth=0.7)
+        axes.plot(at[width - 1 :], smooth, color=color, label=f"{label}, mean of {width} steps")
         held = [(t, row[f"heldout_{name}"]) for t, row in zip(tokens, rows, strict=True)
                 if f"heldout_{name}" in row]  # fmt: skip
         if held:
