@@ -155,6 +155,18 @@ def speculative_step(
 
     Arguments as for :func:`decode`; can be called on its own.
     """
+    return observed_step(models, tables, state, sampling, policy, capacities)[0]
+
+
+def observed_step(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+) -> tuple[DecodeState, TokenTree, Verdict]:
+    """:func:`speculative_step`, with the tree that was drafted and what became of it."""
     levels = jnp.arange(capacities.depth + 1)
     rnd = Round(
         models=models,
@@ -175,7 +187,7 @@ def speculative_step(
     tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
     verdict, oracle = _verify(rnd, tree, sides[0])
     emitted = _emit(state, tree, verdict)
-    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted)
+    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
@@ -197,11 +209,13 @@ def _trunk(rnd: Round) -> jax.Array:
     return at(rnd.text, rnd.length[:, None] - size + jnp.arange(size))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What the oracle made of a tree.
 
     Attributes:
+      evaluated: ``[B, N]`` bool, nodes that were in its pass.
       path: ``[B, D + 1]`` int32 accepted nodes, root first.
       accepted: ``[B]`` int32, nodes below the root on it.
       token: ``[B, D + 1]`` int32, the oracle's choice after each node of the path: these are
@@ -209,6 +223,7 @@ class Verdict:
       margin: ``[B, D + 1]`` float32, by how much each choice won.
     """
 
+    evaluated: jax.Array
     path: jax.Array
     accepted: jax.Array
     token: jax.Array
@@ -232,7 +247,8 @@ def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
         tree, evaluated, at(token, row), root, rnd.capacities.depth
     )
     on_path = at(row, path)
-    return Verdict(path, accepted, at(token, on_path), at(margin, on_path)), side
+    verdict = Verdict(evaluated, path, accepted, at(token, on_path), at(margin, on_path))
+    return verdict, side
 
 
 def _evaluate_root(rnd: Round, tree: TokenTree, side: Side) -> tuple[jax.Array, Side]:

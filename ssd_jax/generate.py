@@ -31,6 +31,8 @@ class Stats:
       new_tokens: tokens generated.
       rounds: oracle passes after the prompt's.
       passes: forward passes after the prompt's, by stage name.
+      round_tokens: tokens committed in each round.
+      round_passes: ``passes`` round by round.
       tokens_per_oracle_pass: ``new_tokens / passes["oracle"]``.
       relative_bandwidth: bytes of weights and cache read per token, over those that plain
         decoding reads for the same text (the paper's Table 1).
@@ -42,6 +44,8 @@ class Stats:
     new_tokens: int
     rounds: int
     passes: dict[str, int]
+    round_tokens: list[int]
+    round_passes: dict[str, list[int]]
     tokens_per_oracle_pass: float
     relative_bandwidth: float
     seconds: float
@@ -134,8 +138,8 @@ def generate_batch(
     models = (stack.oracle, *stack.drafts[: len(plan.drafts)])
     context = stack.oracle.config.n_positions
     limits = [min(len(p) + max_new_tokens, context) for p in prompts]
-    capacities = Capacities.of(plan, _bucket(max(limits)))
-    state = _first_state(models, prompts, limits, stack.eos_ids, capacities)
+    capacities = Capacities.of(plan, bucket(max(limits)))
+    state = first_state(models, prompts, limits, stack.eos_ids, capacities)
     uses_trigram = plan.ngram is not None and plan.ngram.branch > 0
     tables = stack.tables if uses_trigram else None
     arguments = (models, tables, state, sampling, Policy.of(plan))
@@ -213,7 +217,7 @@ def _resolve_plan(stack: Stack, mode: str, plan: Plan | str | os.PathLike | None
     return plan
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
     """Text capacity: the next of 64, 96, 128, 192, 256, 384 ..."""
     size = 64
     while size < length:
@@ -221,7 +225,8 @@ def _bucket(length: int) -> int:
     return size
 
 
-def _first_state(models, prompts, limits, eos_ids, capacities: Capacities) -> engine.DecodeState:
+def first_state(models, prompts, limits, eos_ids, capacities: Capacities) -> engine.DecodeState:
+    """The state before the first round, of token prompts that may grow to ``limits``."""
     text = np.zeros((len(prompts), capacities.text), np.int32)
     for row, prompt in zip(text, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -312,7 +317,8 @@ def _stats(models, names, trace, rounds, row, start, end, seconds, compile_secon
     lengths = trace.length[:rounds, row]
     # A batch goes on until its last row has finished; this row's own rounds are those that
     # found it longer than the one before did.
-    own = np.append(lengths[1:], end) > lengths
+    committed = np.append(lengths[1:], end) - lengths
+    own = committed > 0
     passes = trace.passes[:rounds][own]
     weights = np.array([weight_bytes(m) for m in models], np.float64)
     per_token = np.array([cache_bytes_per_token(m) for m in models], np.float64)
@@ -323,6 +329,8 @@ def _stats(models, names, trace, rounds, row, start, end, seconds, compile_secon
         new_tokens=end - start,
         rounds=int(own.sum()),
         passes={name: int(n) for name, n in zip(names, passes.sum(axis=0), strict=False)},
+        round_tokens=committed[own].tolist(),
+        round_passes={name: n.tolist() for name, n in zip(names, passes.T, strict=False)},
         tokens_per_oracle_pass=(end - start) / max(oracle_passes, 1),
         relative_bandwidth=float(read / plain) if end > start else 0.0,
         seconds=seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,23 @@ if TYPE_CHECKING:
 STYLES = {"oracle": "bold red", "draft": "blue", "ngram": "green"}
 
 
+def pieces(stack: Stack, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds; the last of those that share a character has it.
+
+    Raises:
+      PromptError: the stack has no tokenizer.
+    """
+    if stack.tokenizer is None:
+        raise PromptError("colouring needs text, but this stack has no tokenizer; load one")
+    shown, added = "", []
+    for end in range(1, len(tokens) + 1):
+        # Whole prefixes, because one character may be spread over several tokens.
+        whole = stack.tokenizer.decode(tokens[:end]).rstrip("\ufffd")
+        added.append(whole[len(shown) :])
+        shown = max(shown, whole, key=len)
+    return added
+
+
 def colored_text(stack: Stack, result: GenerationResult, prompt: str = "") -> Text:
     """A continuation coloured by the stage that proposed each token, after a dim prompt.
 
@@ -27,15 +45,9 @@ def colored_text(stack: Stack, result: GenerationResult, prompt: str = "") -> Te
     """
     from rich.text import Text
 
-    if stack.tokenizer is None:
-        raise PromptError("colouring needs text, but this stack has no tokenizer; load one")
     text = Text().append(prompt, style="dim")
-    shown = ""
-    for end, origin in enumerate(result.origins, start=1):
-        # Whole prefixes, because one character may be spread over several tokens.
-        whole = stack.tokenizer.decode(result.tokens[:end]).rstrip("\ufffd")
-        text.append(whole[len(shown) :], style=STYLES[origin.rstrip("0123456789")])
-        shown = max(shown, whole, key=len)
+    for piece, origin in zip(pieces(stack, result.tokens), result.origins, strict=True):
+        text.append(piece, style=STYLES[origin.rstrip("0123456789")])
     return text
 
 

@@ -1,15 +1,25 @@
 """The benchmark's records, and its summary recomputed by hand."""
 
+import ast
 import gzip
 import json
+import re
+import sys
 
+import numpy as np
 import pytest
 import toys
+from prompts import TRIO
 from test_cli import make_result
 
 import ssd_jax
-from ssd_jax import benchmark, cli
+from ssd_jax import cli
+from ssd_jax.benchmark import command, measure, results
+from ssd_jax.benchmark.examples import round_trees
+from ssd_jax.benchmark.prompts import load_prompts, read_prompts
+from ssd_jax.benchmark.summary import by_prompt, is_repetitive, speedups, summarize
 from ssd_jax.errors import DataError
+from ssd_jax.plan import Plan
 
 MODES = ("baseline", "staged")
 
@@ -25,8 +35,14 @@ def record(prompt, mode, seconds, tokens, oracle, repeat=0, bandwidth=0.5, chara
         "characters": characters,
         "tokens": tokens,
         "finish_reason": "length",
+        "prompt_tokens": 9,
+        "compile_seconds": 0.0,
         "passes": {"oracle": oracle},
+        "round_tokens": [len(tokens)],
+        "round_passes": {"oracle": [oracle]},
+        "origins": "0" * len(tokens),
         "relative_bandwidth": bandwidth,
+        "min_margin": 0.5,
     }
 
 
@@ -46,7 +62,7 @@ def two_prompts():
 
 
 def test_summary_by_hand():
-    summary = benchmark.summarize(two_prompts())["greedy"]
+    summary = summarize(two_prompts())["greedy"]
     base, staged = summary["baseline"], summary["staged"]
     # 6 tokens; medians 6 s and 2 s against 1.5 s and 1.5 s.
     assert base["tokens_per_second"] == pytest.approx(6 / 8)
@@ -66,7 +82,7 @@ def test_one_altered_token_shows(repeat):
         r for r in records if (r["prompt"], r["mode"], r["repeat"]) == (1, "staged", repeat)
     )
     altered["tokens"] = [5, 7]
-    assert benchmark.summarize(records)["greedy"]["staged"]["exact_match"] == [1, 2]
+    assert summarize(records)["greedy"]["staged"]["exact_match"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -81,57 +97,164 @@ def test_one_altered_token_shows(repeat):
     ],
 )
 def test_a_text_that_repeats_an_8_gram_more_than_4_times_is_repetitive(tokens, repetitive):
-    assert benchmark.is_repetitive(tokens) == repetitive
+    assert is_repetitive(tokens) == repetitive
 
 
 def test_repetitive_and_ended_texts_are_counted():
     records = [record(0, "baseline", 1.0, [7] * 12, 12), record(1, "baseline", 1.0, [1, 2], 2)]
     records[1]["finish_reason"] = "eos"
-    figures = benchmark.summarize(records)["greedy"]["baseline"]
+    figures = summarize(records)["greedy"]["baseline"]
     assert figures["repetitive_share"] == figures["ended_share"] == 0.5
 
 
 def test_a_useless_draft_shows_as_a_slow_down():
     records = [record(0, "baseline", 1.0, [1], 1), record(0, "staged", 4.0, [1], 1)]
-    assert benchmark.summarize(records)["greedy"]["staged"]["speedup"] == 0.25
+    assert summarize(records)["greedy"]["staged"]["speedup"] == 0.25
 
 
 def test_interrupted_between_modes_compares_common_prompts_only():
     records = two_prompts()[:4] + [record(1, "baseline", 100.0, [5, 6], 2)]
-    staged = benchmark.summarize(records)["greedy"]["staged"]
+    staged = summarize(records)["greedy"]["staged"]
     assert staged["speedup"] == pytest.approx(6 / 1.5)
     assert staged["exact_match"] == [1, 1]
 
 
 def test_without_baseline_or_tokenizer_there_is_null_instead_of_a_guess():
     records = [record(0, "staged", 1.0, [1], 1, characters=None)]
-    figures = benchmark.summarize(records)["greedy"]["staged"]
+    figures = summarize(records)["greedy"]["staged"]
     assert figures["speedup"] is None
     assert figures["exact_match"] is None
     assert figures["characters_per_oracle_pass"] is None
 
 
-def test_a_run_that_compiled_is_repeated_and_modes_take_turns():
+def test_speed_ups_are_over_the_fastest_baseline_of_any_dtype():
+    records = two_prompts()
+    for old in two_prompts():
+        if old["mode"] == "baseline":
+            records.append(old | {"mode": "baseline-bfloat16", "seconds": old["seconds"] / 2})
+    figures = summarize(records)["greedy"]
+    assert figures["staged"]["speedup"] == pytest.approx(4 / 3)
+    assert figures["baseline"]["speedup"] == pytest.approx(0.5)
+    assert figures["baseline-bfloat16"]["speedup"] == 1.0
+    assert figures["baseline-bfloat16"]["exact_match"] is None, "another model, so to say"
+    assert figures["staged"]["exact_match"] == [2, 2]
+
+
+def test_the_interval_of_a_speed_up_holds_it_and_shrinks_with_prompts():
+    random = np.random.default_rng(0)
+    widths = []
+    for count in (8, 200):
+        records = []
+        for prompt in range(count):
+            records.append(record(prompt, "baseline", 2.0, [1], 1))
+            records.append(record(prompt, "staged", float(random.uniform(0.5, 1.5)), [1], 1))
+        figures = summarize(records)["greedy"]["staged"]
+        low, high = figures["speedup_interval"]
+        assert low < figures["speedup"] < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+    singles = speedups(by_prompt(r for r in records if r["mode"] == "staged"),
+                       by_prompt(r for r in records if r["mode"] == "baseline"))  # fmt: skip
+    assert len(singles) == 200 and all(1 <= ratio <= 4 for ratio in singles.values())
+
+
+def test_overhead_is_what_the_passes_alone_do_not_take():
+    # Prefill of 9 tokens in chunks of 4: two passes of 0.1 s.
+    records = [record(0, "staged", 2.0, [1, 2, 3], 3)]
+    cost = {"seconds": 0.4, "prefill_width": 4, "prefill_seconds": 0.1}
+    figures = summarize(records, {"staged": {"oracle": cost}})["greedy"]["staged"]
+    assert figures["overhead_share"] == pytest.approx(1 - (3 * 0.4 + 2 * 0.1) / 2.0)
+    assert summarize(records)["greedy"]["staged"]["overhead_share"] is None
+
+
+def test_acceptance_by_depth_is_a_share_of_rounds():
+    one = record(0, "staged", 1.0, [1] * 7, 3) | {"round_tokens": [4, 1, 2]}
+    two = record(1, "staged", 1.0, [1], 1) | {"round_tokens": [1]}
+    figures = summarize([one, two])["greedy"]["staged"]
+    assert figures["acceptance_by_depth"] == [2 / 4, 1 / 4, 1 / 4]
+
+
+def test_a_peer_that_tells_little_has_nulls_and_its_sampled_text_is_not_compared():
+    silent = dict(passes={}, round_tokens=None, round_passes=None, origins=None, min_margin=None)
+    peer = record(0, "hf", 2.0, [1, 2], 0) | silent | {"relative_bandwidth": None}
+    records = [record(0, "baseline", 1.0, [1, 2], 2), peer]
+    figures = summarize(records)["greedy"]["hf"]
+    assert figures["speedup"] == 0.5 and figures["exact_match"] == [1, 1]
+    for field in ("tokens_per_oracle_pass", "relative_bandwidth", "acceptance_by_depth"):
+        assert figures[field] is None
+    sampled = [one | {"sampling": "topk50"} for one in records]
+    assert summarize(sampled)["topk50"]["hf"]["exact_match"] is None
+
+
+def test_bandwidth_follows_from_passes_and_bytes():
+    """An independent count: bytes of weights and cache, pass by pass."""
+    stack = toys.stack()
+    plans = {"staged": Plan.staged(1)}
+    known = results.conditions(stack, plans, {})
+    result = ssd_jax.generate(stack, [1, 2, 3], max_new_tokens=20)
+    got = measure.timed(lambda: result, stack.stage_names) | {"prompt_tokens": 3}
+    read = plain = 0.0
+    length = got["prompt_tokens"]
+    for number, tokens in enumerate(got["round_tokens"]):
+        for stage, counts in got["round_passes"].items():
+            per_pass = known["weight_bytes"][stage] + known["cache_bytes_per_token"][stage] * length
+            read += counts[number] * per_pass
+        for position in range(length, length + tokens):
+            plain += (
+                known["weight_bytes"]["oracle"]
+                + known["cache_bytes_per_token"]["oracle"] * position
+            )
+        length += tokens
+    assert length == 3 + got["new_tokens"]
+    assert got["relative_bandwidth"] == pytest.approx(read / plain)
+    assert sum(got["round_passes"]["draft"]) == got["passes"]["draft"]
+
+
+def test_a_run_that_compiled_is_repeated():
+    results_ = [make_result(seconds=50.0, compile_seconds=3.0), make_result(seconds=2.0)]
+    got = measure.timed(lambda: results_.pop(0), ("oracle", "draft", "ngram"))
+    assert (got["seconds"], got["compile_seconds"], got["origins"]) == (2.0, 3.0, "120")
+    assert not results_
+
+
+def test_modes_take_turns_within_every_repeat():
     calls = []
 
-    def generate(prompt, *, mode, seed, **options):
-        compiles = (mode, options["temperature"]) not in {call[1:3] for call in calls}
-        calls.append((prompt, mode, options["temperature"], options.get("top_k"), seed))
-        return make_result(seconds=50.0 if compiles else 2.0, compile_seconds=3.0 * compiles)
+    def runner(mode):
+        return lambda prompt, **options: calls.append((prompt, mode, options)) or {"seconds": 1.0}
 
-    options = dict(modes=MODES, samplings=("greedy", "topk50"), repeats=2, seed=10)
-    records = list(benchmark.run(generate, ["a", "b"], **options))
-    assert len(calls) == len(records) + 4, "each program compiled once, and ran again"
-    assert {r["seconds"] for r in records} == {2.0}
-    assert [r["mode"] for r in records] == list(MODES) * 8
-    assert [(r["prompt"], r["sampling"], r["repeat"]) for r in records[::2]] == [
+    runners = {mode: runner(mode) for mode in MODES}
+    options = dict(samplings=("greedy", "topk50"), repeats=2, seed=10)
+    groups = list(measure.run(runners, ["a", "b"], **options, done=[(0, "topk50", 1)]))
+    assert [[r["mode"] for r in group] for group in groups] == [list(MODES)] * 7
+    assert [measure.combination(group[0]) for group in groups] == [
         (prompt, sampling, repeat)
         for prompt in (0, 1)
         for sampling in ("greedy", "topk50")
         for repeat in (0, 1)
+        if (prompt, sampling, repeat) != (0, "topk50", 1)
     ]
-    assert {call[2:4] for call in calls} == {(0.0, None), (1.0, 50)}
-    assert {(call[0], call[4]) for call in calls} == {("a", 10), ("b", 11)}
+    assert {call[2]["seed"] for call in calls if call[0] == "b"} == {11}
+    assert {call[2].get("top_k") for call in calls} == {None, 50}
+
+
+def test_the_shipped_prompts_are_beginnings_of_functions():
+    prompts = load_prompts("heldout")
+    assert len(prompts) == len(set(prompts)) >= 40
+    for prompt in prompts:
+        (function,) = ast.parse(prompt + "    pass\n").body
+        assert isinstance(function, ast.FunctionDef) and ast.get_docstring(function)
+    assert load_prompts("heldout", 3) == prompts[:3]
+
+
+def test_humaneval_is_found_beside_the_user_or_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if not installed: no network here
+    with pytest.raises(DataError, match="HumanEval.jsonl.gz"):
+        load_prompts("humaneval")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "HumanEval.jsonl").write_text('{"prompt": "x"}\n')
+    assert load_prompts("humaneval") == ["x"]
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.jsonl.gz"])
@@ -139,8 +262,8 @@ def test_prompts_are_read_up_to_the_limit(tmp_path, name):
     lines = "".join(json.dumps({"prompt": p, "other": 1}) + "\n" for p in ("a\n", "é", "c"))
     raw = lines.encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    assert benchmark.read_prompts(tmp_path / name) == ["a\n", "é", "c"]
-    assert benchmark.read_prompts(tmp_path / name, limit=2) == ["a\n", "é"]
+    assert read_prompts(tmp_path / name) == ["a\n", "é", "c"]
+    assert read_prompts(tmp_path / name, limit=2) == ["a\n", "é"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +276,7 @@ def test_bad_prompt_files_are_refused(tmp_path, content):
     packed.write_bytes(gzip.compress(content))
     for path in (plain, packed):
         with pytest.raises(DataError, match=path.name):
-            benchmark.read_prompts(path)
+            read_prompts(path)
 
 
 @pytest.mark.parametrize("cut", [1, 12, 25])
@@ -161,7 +284,7 @@ def test_damaged_gzip_is_refused(tmp_path, cut):
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "hello world"}\n')[:cut])
     with pytest.raises(DataError):
-        benchmark.read_prompts(path)
+        read_prompts(path)
 
 
 @pytest.fixture
@@ -172,7 +295,7 @@ def prompts_file(tmp_path):
 
 
 def use_engine(monkeypatch, generate, checkpoint):
-    stack = toys.stack()
+    stack = ssd_jax.load(TRIO.parent / "python-tiny")
     monkeypatch.setattr(ssd_jax, "load", lambda *_, **__: stack, raising=False)
     monkeypatch.setattr(ssd_jax, "generate", generate, raising=False)
     monkeypatch.setattr(cli, "shipped_checkpoint", lambda: checkpoint)
@@ -184,40 +307,116 @@ def test_command_writes_results_whose_summary_follows_from_its_records(
     use_engine(monkeypatch, lambda *_, **__: make_result(), tmp_path)
     out = tmp_path / "new" / "folder"
     argv = ["--prompts", str(prompts_file), "--out", str(out), "--sampling", "greedy,topk50"]
-    assert benchmark.main(argv) == 0
-    document = json.loads((out / "results.json").read_text())
-    assert document["schema"] == 1
-    assert len(document["records"]) == 2 * 2 * 3
-    assert document["summary"] == benchmark.summarize(document["records"])
-    assert document["conditions"]["prompts"] == "prompts.jsonl"
-    assert document["conditions"]["backend"] == "cpu"
-    assert document["conditions"]["dtype"] == "float32"
+    assert command.main(argv) == 0
+    document = results.read(out / "results.json")
+    assert document["schema"] == 2
+    assert len(document["records"]) == 2 * 2 * 4
+    assert document["summary"] == summarize(document["records"], document["costs"])
+    assert set(document["costs"]) == {*cli.MODES, "baseline-bfloat16"}
+    conditions = document["conditions"]
+    assert conditions["prompts"] == "prompts.jsonl"
+    assert (conditions["backend"], conditions["dtype"]) == ("cpu", "float32")
+    assert set(conditions["plans"]) == set(cli.MODES)
     assert str(tmp_path) not in json.dumps(document), "no path of this machine is recorded"
-    assert [path.name for path in out.iterdir()] == ["results.json"]
     printed = capsys.readouterr().out
     assert "2/2" in printed and "times draft's parameters" in printed and "8-gram" in printed
 
 
-def test_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, prompts_file):
+def count_calls(monkeypatch, tmp_path, stop_after=None):
     calls = []
 
-    def generate(*_, **__):
-        calls.append(None)
-        if len(calls) == 5:
+    def generate(*_, **options):
+        calls.append(options)
+        if len(calls) == stop_after:
             raise KeyboardInterrupt
         return make_result()
 
     use_engine(monkeypatch, generate, tmp_path)
-    assert benchmark.main(["--prompts", str(prompts_file), "--out", str(tmp_path)]) == 130
-    assert len(json.loads((tmp_path / "results.json").read_text())["records"]) == 4
+    monkeypatch.setattr(command, "EXAMPLES", 0)
+    return calls
+
+
+def test_an_interrupted_run_is_continued_and_its_modes_still_take_turns(
+    monkeypatch, tmp_path, prompts_file
+):
+    argv = ["--prompts", str(prompts_file), "--out", str(tmp_path), "--no-other-baseline"]
+    count_calls(monkeypatch, tmp_path, stop_after=5)  # in the second prompt
+    assert command.main(argv) == 130
+    first = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert [r["prompt"] for r in first] == [0, 0, 0]
+    calls = count_calls(monkeypatch, tmp_path)
+    assert command.main(argv) == 0
+    assert len(calls) == 3
+    document = results.read(tmp_path / "results.json")
+    assert document["records"][:3] == first and len(document["records"]) == 6
+    assert command.main(argv) == 0 and len(calls) == 3, "all is there"
+    # A mode more: it must take turns with the others, so they are measured again with it.
+    assert command.main([a for a in argv if a != "--no-other-baseline"]) == 0
+    assert len(calls) == 3 + 2 * 4
+
+
+def test_results_of_other_conditions_are_not_continued(monkeypatch, tmp_path, prompts_file, capsys):
+    count_calls(monkeypatch, tmp_path)
+    argv = ["--prompts", str(prompts_file), "--out", str(tmp_path)]
+    assert command.main(argv) == 0
+    before = (tmp_path / "results.json").read_bytes()
+    assert command.main([*argv, "--max-new-tokens", "7"]) == 2
+    assert "another max_new_tokens (128, not 7)" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d.update(schema=1), "schema 2"),
+        (lambda d: d.pop("costs"), "no costs"),
+        (lambda d: d["records"][0].pop("passes"), "record 0 has no proper 'passes'"),
+        (lambda d: d["records"].append("x"), "record 1 has no proper"),
+        (lambda d: d["records"][0].update(seconds="2"), "'seconds'"),
+    ],
+)
+def test_damaged_results_are_refused(tmp_path, change, says):
+    document = {"schema": 2, "conditions": {}, "costs": {}, "summary": {}}
+    document["records"] = [record(0, "baseline", 1.0, [1], 1)]
+    path = results.write(tmp_path, document)
+    assert results.read(path) == document
+    change(document)
+    results.write(tmp_path, document)
+    with pytest.raises(DataError, match=re.escape(says)):
+        results.read(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        results.read(path)
 
 
 def test_a_failed_write_leaves_the_old_results(tmp_path):
-    path = benchmark.write_results(tmp_path, {"schema": 1})
+    path = results.write(tmp_path, {"schema": 2})
+    before = path.read_bytes()
     with pytest.raises(ValueError):
-        benchmark.write_results(tmp_path, {"figure": float("nan")})
-    assert json.loads(path.read_text()) == {"schema": 1}
+        results.write(tmp_path, {"figure": float("nan")})
+    assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_trees_of_the_first_rounds_are_those_that_the_text_came_from():
+    stack = ssd_jax.load(TRIO.parent / "python-tiny")
+    prompt = "def add(a, b):\n"
+    plan = Plan.staged(1)
+    expected = ssd_jax.generate(stack, prompt, plan=plan, max_new_tokens=60)
+    trees = round_trees(stack, prompt, plan, rounds=4)
+    assert len(trees) == 4
+    for nodes, committed in zip(trees, expected.stats.round_tokens, strict=False):
+        assert nodes[0]["parent"] == -1 and nodes[0]["accepted"] and nodes[0]["evaluated"]
+        assert sum(node["accepted"] for node in nodes) == committed, "the root stands for the last"
+        for place, node in enumerate(nodes[1:], start=1):
+            assert 0 <= node["parent"] < place
+            above = nodes[node["parent"]]
+            assert node["probability"] <= above["probability"] + 1e-6
+            assert node["stage"] in ("draft", "ngram")
+            assert not node["accepted"] or above["accepted"]
+            assert not node["evaluated"] or above["evaluated"]
+        text = "".join(node["token"] for node in nodes[1:] if node["accepted"])
+        assert text in expected.text
 
 
 @pytest.mark.parametrize(
@@ -231,11 +430,11 @@ def test_a_failed_write_leaves_the_old_results(tmp_path):
 )
 def test_bad_arguments(capsys, arguments, names):
     with pytest.raises(SystemExit) as exit:
-        benchmark.main(["--prompts", "p.jsonl", *arguments.split()])
+        command.main(["--prompts", "p.jsonl", *arguments.split()])
     assert exit.value.code == 2
     assert names in capsys.readouterr().err
 
 
 def test_missing_prompts_file(capsys):
-    assert benchmark.main(["--prompts", "absent.jsonl"]) == 2
+    assert command.main(["--prompts", "absent.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("error: absent.jsonl: ")

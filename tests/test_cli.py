@@ -51,6 +51,8 @@ def make_result(seconds=2.0, compile_seconds=0.0, tokens=(5, 6, 7)):
             rounds=2,
             tokens_per_oracle_pass=1.5,
             passes={"oracle": 2, "draft": 3},
+            round_tokens=[2, 1],
+            round_passes={"oracle": [1, 1], "draft": [2, 1]},
             relative_bandwidth=0.75,
             seconds=seconds,
             compile_seconds=compile_seconds,

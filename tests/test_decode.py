@@ -12,7 +12,7 @@ import toys
 from ssd_jax import decode as engine
 from ssd_jax.checkpoint import save_model
 from ssd_jax.compiled import cache_sized_copies, described, gpu_device
-from ssd_jax.generate import _first_state
+from ssd_jax.generate import first_state
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
 from ssd_jax.sampling import Sampling
 
@@ -59,7 +59,7 @@ def start(stack, prompts, new_tokens, capacities, eos=()):
     models = (stack.oracle, *stack.drafts)[: len(capacities.widths)]
     context = stack.oracle.config.n_positions
     limits = [min(len(p) + new_tokens, context) for p in prompts]
-    return models, _first_state(models, prompts, limits, eos, capacities)
+    return models, first_state(models, prompts, limits, eos, capacities)
 
 
 def run(stack, prompts, new_tokens, sampling, plan, policy=None, eos=(), stop_at=None):
@@ -329,7 +329,7 @@ def test_one_trace_serves_prompts_policies_temperatures_and_seeds():
         ([9, 8], policies(1)[2], dict(seed=3, temperature=0.5, top_k=3)),
         ([9], policies(1)[3], dict(seed=4, temperature=1.5, top_p=0.5)),
     ]:
-        state = _first_state(models, [prompt], [len(prompt) + 5], (), capacities)
+        state = first_state(models, [prompt], [len(prompt) + 5], (), capacities)
         engine.decode(
             models,
             stack.tables,

@@ -174,11 +174,6 @@ def test_chain_lengths_are_those_of_chains_that_end_with_the_text():
     np.testing.assert_allclose(experiments.chain_lengths(rates, 4), expected)
 
 
-def test_passes_are_timed_for_every_model():
-    seconds = experiments.pass_seconds([toys.model(), toys.model(layers=1)], slots=16, repeats=3)
-    assert len(seconds) == 2 and min(seconds) > 0
-
-
 def test_the_commands_reach_the_comparisons(monkeypatch, tmp_path, capsys):
     called = []
     monkeypatch.setattr(Pipeline, "corpora", lambda self, *args: called.append(args))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssd_jax.costs import pass_seconds
 from ssd_jax.errors import ConfigError
 from ssd_jax.gpt2 import GPT2, parameter_count
 from ssd_jax.ngram import KatzModel
@@ -197,7 +195,8 @@ def shapes(
         own = dataclasses.replace(few, temperature=temperature, greedy=0.0)
         _draw(name, trained["oracle"], own, prompts, work, seed, say)
         judges += sample.read_shards(work / name, own)
-    seconds = dict(zip(trained, pass_seconds(list(trained.values())), strict=True))
+    times = pass_seconds([(model, 1) for model in trained.values()])
+    seconds = dict(zip(trained, times, strict=True))
     table = []
     for name in candidates:
         draft = trained[name]
@@ -236,26 +235,6 @@ def parse_shape(text: str, positions: int, head_dim: int = 32) -> ModelConfig:
     layers, width, hidden = (int(number or 0) for number in found.groups())
     heads = max(1, width // head_dim)
     return ModelConfig(width, layers, heads, n_inner=hidden, n_positions=positions)
-
-
-def pass_seconds(models: Sequence[GPT2], slots: int = 256, repeats: int = 30) -> list[float]:
-    """Median time of a one-row pass of each model, measured in turns over a cache of ``slots``."""
-
-    def one_pass(model, token, cache):
-        mask = jnp.ones((1, 1, slots), bool)
-        logits, cache = model(token, token, mask=mask, cache=cache, offset=slots - 1)
-        return logits.argmax(-1).astype(jnp.int32), cache
-
-    # The cache is given up and taken back, as in a decode loop, so that none is copied.
-    run = jax.jit(one_pass, donate_argnums=2)
-    states = [(jnp.ones((1, 1), jnp.int32), model.init_cache(1, slots)) for model in models]
-    times: list[list[float]] = [[] for _ in models]
-    for turn, (index, model) in itertools.product(range(repeats + 2), enumerate(models)):
-        start = time.perf_counter()
-        states[index] = jax.block_until_ready(run(model, *states[index]))
-        if turn >= 2:  # the first compiles
-            times[index].append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
 
 
 def accepted(oracle: GPT2, draft: GPT2, shard: sample.Shard, end_of_text: int) -> dict[str, float]:
