@@ -16,18 +16,22 @@ from ssd_jax.gpt2 import GPT2
 
 
 def pass_seconds(
-    passes: Sequence[tuple[GPT2, int]], *, slots: int = 256, loops: int = 8, repeats: int = 8
+    passes: Sequence[tuple[GPT2, int]],
+    *,
+    slots: int = 256,
+    repeats: int = 8,
+    loop_seconds: float = 0.05,
 ) -> list[float]:
     """Median seconds of passes alone, measured in turns.
 
     Passes follow each other in a compiled loop, as when decoding: what XLA does once before a
-    loop, such as casting weights, is not part of a pass, and neither is Python.
+    loop, such as casting weights, is no part of a pass, and neither is Python.
 
     Args:
       passes: each a model and the tokens of one pass of it; the tokens' choice is part of it.
       slots: of the model's cache; all but the newest are filled.
-      loops: passes a loop.
       repeats: measured loops of each.
+      loop_seconds: a loop makes at least as many passes as this takes.
     """
 
     def one_pass(model, state):
@@ -39,14 +43,48 @@ def pass_seconds(
         return logits.argmax(-1).astype(jnp.int32), cache
 
     @partial(jax.jit, donate_argnums=1)
-    def run(model, state):
-        return lax.fori_loop(0, loops, lambda _, state: one_pass(model, state), state)
+    def loop(model, state, count):
+        return lax.fori_loop(0, count, lambda _, state: one_pass(model, state), state)
 
     states = [(jnp.ones((1, width), jnp.int32), m.init_cache(1, slots)) for m, width in passes]
-    times: list[list[float]] = [[] for _ in passes]
-    for turn, (index, (model, _)) in itertools.product(range(repeats + 1), enumerate(passes)):
+
+    def seconds(index: int, count: int) -> float:
         start = time.perf_counter()
-        states[index] = jax.block_until_ready(run(model, states[index]))
-        if turn:  # the first compiles
-            times[index].append((time.perf_counter() - start) / loops)
+        states[index] = jax.block_until_ready(loop(passes[index][0], states[index], count))
+        return time.perf_counter() - start
+
+    counts = []
+    for index in range(len(passes)):
+        seconds(index, 4)  # compiles
+        counts.append(4 + int(4 * loop_seconds / seconds(index, 4)))
+    times: list[list[float]] = [[] for _ in passes]
+    for _, (index, count) in itertools.product(range(repeats), enumerate(counts)):
+        times[index].append(seconds(index, count) / count)
     return [statistics.median(own) for own in times]
+
+
+def roofline(dtype: jnp.dtype, *, size: int = 8192, repeats: int = 10) -> tuple[float, float]:
+    """Bytes and floating-point operations that this device manages in a second.
+
+    Args:
+      dtype: of the operands.
+      size: rows and columns of a matrix that no cache holds. Its product with a vector streams
+        it once; a quarter of it in each direction, times itself, has an operand for every use.
+      repeats: the best of so many.
+
+    Returns:
+      The two rates.
+    """
+    wide = jnp.ones((size, size), dtype)
+    square = jnp.ones((size // 4, size // 4), dtype)
+    multiply = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
+
+    def best(left: jax.Array, right: jax.Array) -> float:
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(multiply(left, right))
+            times.append(time.perf_counter() - start)
+        return min(times[1:])  # the first compiles
+
+    return wide.nbytes / best(wide, wide[:, :1]), 2 * (size // 4) ** 3 / best(square, square)

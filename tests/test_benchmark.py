@@ -30,6 +30,7 @@ def record(prompt, mode, seconds, tokens, oracle, repeat=0, bandwidth=0.5, chara
         "mode": mode,
         "sampling": "greedy",
         "repeat": repeat,
+        "dtype": "float32",
         "seconds": seconds,
         "new_tokens": len(tokens),
         "characters": characters,
@@ -131,7 +132,8 @@ def test_speed_ups_are_over_the_fastest_baseline_of_any_dtype():
     records = two_prompts()
     for old in two_prompts():
         if old["mode"] == "baseline":
-            records.append(old | {"mode": "baseline-bfloat16", "seconds": old["seconds"] / 2})
+            other = {"mode": "baseline-bfloat16", "dtype": "bfloat16"}
+            records.append(old | other | {"seconds": old["seconds"] / 2})
     figures = summarize(records)["greedy"]
     assert figures["staged"]["speedup"] == pytest.approx(4 / 3)
     assert figures["baseline"]["speedup"] == pytest.approx(0.5)
@@ -192,7 +194,7 @@ def test_bandwidth_follows_from_passes_and_bytes():
     plans = {"staged": Plan.staged(1)}
     known = results.conditions(stack, plans, {})
     result = ssd_jax.generate(stack, [1, 2, 3], max_new_tokens=20)
-    got = measure.timed(lambda: result, stack.stage_names) | {"prompt_tokens": 3}
+    got = measure.timed(lambda: result, stack) | {"prompt_tokens": 3}
     read = plain = 0.0
     length = got["prompt_tokens"]
     for number, tokens in enumerate(got["round_tokens"]):
@@ -212,7 +214,7 @@ def test_bandwidth_follows_from_passes_and_bytes():
 
 def test_a_run_that_compiled_is_repeated():
     results_ = [make_result(seconds=50.0, compile_seconds=3.0), make_result(seconds=2.0)]
-    got = measure.timed(lambda: results_.pop(0), ("oracle", "draft", "ngram"))
+    got = measure.timed(lambda: results_.pop(0), toys.stack())
     assert (got["seconds"], got["compile_seconds"], got["origins"]) == (2.0, 3.0, "120")
     assert not results_
 

@@ -13,7 +13,7 @@ engine reports, prompt included, which end when the tokens are on the host.
   a pass of the stage alone: ``width`` tokens in ``seconds``, and ``prefill_width`` tokens in
   ``prefill_seconds``, medians over a cache of ``slots``.
 ``records``
-  one per prompt, mode, sampling and repeat: ``prompt`` (its index), ``prompt_tokens``,
+  one per prompt, mode, sampling and repeat: ``prompt`` (its index), ``dtype``, ``prompt_tokens``,
   ``seconds``, ``compile_seconds``, ``new_tokens``, ``characters``, ``tokens`` (ids),
   ``finish_reason``, ``passes`` by stage, ``round_tokens`` and ``round_passes`` (the same round
   by round), ``origins`` (for each token the index of the stage that proposed it, one character
@@ -41,11 +41,19 @@ engine reports, prompt included, which end when the tokens are on the host.
                                  good
   ``ended_share``                share of the prompts whose text ended itself, before the limit
   ``exact_match``                ``[same, of]``: prompts all of whose repeats hold the tokens of
-                                 the baseline's first repeat; ``null`` for another dtype and for
+                                 the baseline's first repeat; ``null`` in another dtype, and for
                                  sampled peers, whose noise is another
   ``min_margin``                 the smallest score difference by which any token was chosen
+``peers``
+  the setting of each peer, the fastest of those that its users would try, and those that failed.
+``roofline``
+  what the device manages in a second, ``bandwidth`` in bytes and ``flops``, by the product of a
+  large matrix with a vector and with a matrix; ``points``: operations for each byte of weights
+  (``intensity``) and operations a second of the oracle's passes.
 ``examples``
   texts by origin and the trees of their first rounds, for the report.
+``ablations``
+  tables by name, each a list of rows, where asked for.
 ``peak_memory_bytes``
   of the device where it tells, else of the process.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING
 from ssd_jax import cli
 from ssd_jax.benchmark import measure, results
 from ssd_jax.benchmark.measure import SAMPLINGS, Record, Runner
+from ssd_jax.benchmark.peers import PEERS
 from ssd_jax.benchmark.prompts import HELDOUT, HUMANEVAL, load_prompts
 from ssd_jax.benchmark.summary import BASELINE, Costs, summarize
-from ssd_jax.benchmark.tables import remarks, summary_table
+from ssd_jax.benchmark.tables import remarks, summary_tables
 
 if TYPE_CHECKING:
+    from ssd_jax.benchmark.peers import Peer
     from ssd_jax.plan import Plan
     from ssd_jax.stack import Stack
 
@@ -71,6 +74,21 @@ def build_parser() -> cli.Parser:
         help=f"of {','.join(SAMPLINGS)}; default: greedy",
     )
     parser.add_argument(
+        "--peers",
+        metavar="A,B",
+        type=_names(PEERS),
+        default=[],
+        help=f"other engines on the same weights, of {','.join(PEERS)} "
+        "(pip install '.[peers]'); default: none",
+    )
+    parser.add_argument(
+        "--ablations",
+        metavar="N",
+        type=cli.positive_int,
+        help="on the first N prompts, measure what each part is worth too: some thirty plans, "
+        "and schemes of speculative sampling (minutes a prompt)",
+    )
+    parser.add_argument(
         "--other-baseline",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -99,9 +117,14 @@ def _benchmark(args: argparse.Namespace) -> None:
         "costs": {},
         "summary": {},
     }
-    document["records"] = results.continued(args.out, conditions) if args.out else []
+    document |= results.continued(args.out, conditions) if args.out else {"records": []}
+    document["conditions"] = conditions
     own = _stacks(stack, plans, args)
     runners = {mode: _runner(*pair, args.max_new_tokens) for mode, pair in own.items()}
+    scratch = tempfile.TemporaryDirectory()  # until the process ends: peers read from it
+    peers = _open_peers(args, stack, prompts, Path(scratch.name))
+    document["peers"] = {p.name: {"setting": p.setting, "skipped": p.skipped} for p in peers}
+    runners |= {peer.name: _peer_runner(peer, stack, args.max_new_tokens) for peer in peers}
     _drop_incomplete(document["records"], list(runners))
     saved = time.monotonic()
     try:
@@ -112,8 +135,11 @@ def _benchmark(args: argparse.Namespace) -> None:
                 saved = time.monotonic()
         if document["records"]:
             document["costs"] = _costs(own, document["records"])
+            document["roofline"] = _roofline(document["costs"], conditions)
             if args.out:
                 document["examples"] = _examples(stack, plans.get("staged"), prompts, args)
+        if args.ablations and "ablations" not in document:
+            document["ablations"] = _ablations(stack, prompts[: args.ablations], args)
     finally:  # an interrupted run keeps what it measured
         if document["records"]:
             _report(document, args.out)
@@ -172,7 +198,52 @@ def _runner(stack: Stack, plan: Plan, max_new_tokens: int) -> Runner:
         generate = partial(
             ssd_jax.generate, stack, tokens, max_new_tokens=max_new_tokens, plan=plan, **options
         )
-        return {"prompt_tokens": len(tokens)} | measure.timed(generate, stack.stage_names)
+        return {"prompt_tokens": len(tokens)} | measure.timed(generate, stack)
+
+    return runner
+
+
+def _open_peers(
+    args: argparse.Namespace, stack: Stack, prompts: list[str], scratch: Path
+) -> list[Peer]:
+    from ssd_jax.benchmark.peers import open_peer
+    from ssd_jax.generate import encode_prompt
+
+    if not args.peers:
+        return []
+    if args.oracle:
+        oracle, draft = Path(args.oracle), Path(args.draft[0]) if args.draft else None
+    else:
+        trio = Path(args.checkpoint or cli.shipped_checkpoint())
+        oracle, draft = trio / "oracle", trio / "draft" if stack.drafts else None
+    calibration = [encode_prompt(stack, prompt) for prompt in prompts[:3]]
+    return [
+        open_peer(
+            name,
+            oracle,
+            draft,
+            calibration=calibration,
+            max_new_tokens=args.max_new_tokens,
+            scratch=scratch,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+        for name in args.peers
+    ]
+
+
+def _peer_runner(peer: Peer, stack: Stack, max_new_tokens: int) -> Runner:
+    from ssd_jax.generate import encode_prompt
+
+    def runner(prompt: str, *, temperature: float, seed: int, top_k: int | None = None) -> Record:
+        tokens = encode_prompt(stack, prompt)
+        run = peer.generate(
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+        return measure.told_by_a_peer(run, peer.dtype, tokens, stack)
 
     return runner
 
@@ -217,6 +288,47 @@ def _costs(own: dict[str, tuple[Stack, Plan]], records: list[Record]) -> Costs:
             )
         }
     return costs
+
+
+def _roofline(costs: Costs, conditions: Record) -> Record:
+    """What the device can do, and what passes of the oracle do (the paper's Figure 1)."""
+    import jax.numpy as jnp
+
+    from ssd_jax.costs import roofline
+
+    points = []
+    for mode, stages in costs.items():
+        dtype = jnp.dtype(mode.removeprefix(f"{BASELINE}-") if "-" in mode else conditions["dtype"])
+        weights = conditions["weight_bytes"]["oracle"] / jnp.dtype(conditions["dtype"]).itemsize
+        cost = stages["oracle"]
+        operations = 2 * weights * cost["width"]
+        points.append(
+            {
+                "name": f"{mode}: {cost['width']} token{'s' * (cost['width'] > 1)} a pass",
+                "intensity": operations / (weights * dtype.itemsize),
+                "flops": operations / cost["seconds"],
+            }
+        )
+    bandwidth, flops = roofline(jnp.dtype(conditions["dtype"]))
+    return {"bandwidth": bandwidth, "flops": flops, "points": points}
+
+
+def _ablations(stack: Stack, prompts: list[str], args: argparse.Namespace) -> Record:
+    """Tables of what each part is worth, by name."""
+    from ssd_jax.benchmark import ablations, schemes
+
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "say": lambda line: print(line, file=sys.stderr),
+    }
+    samplings = {name: SAMPLINGS[name] for name in args.sampling}
+    tables = {"parts": ablations.ablate(stack, prompts, samplings=samplings, **options)}
+    if stack.drafts:
+        tables["schemes of sampling"] = schemes.compare(stack, prompts, **options)
+    for name, rows in tables.items():
+        print(f"{name}:\n{ablations.markdown(rows)}\n")
+    return tables
 
 
 def _examples(stack: Stack, plan: Plan | None, prompts: list[str], args) -> list[Record]:
@@ -269,11 +381,17 @@ def _report(document: Record, out: str | None) -> None:
 
     document["summary"] = summarize(document["records"], document["costs"])
     document["peak_memory_bytes"] = results.peak_memory_bytes()
-    Console().print(summary_table(document["summary"]))
+    Console().print(*summary_tables(document["summary"]))
     for line in remarks(document):
         print(line)
     if out is not None:
         print(f"results in {results.write(out, document)}", file=sys.stderr)
+        try:
+            from ssd_jax.benchmark import report
+        except ImportError:
+            print("no report.html: pip install '.[bench]' for it", file=sys.stderr)
+        else:
+            print(f"report in {report.write(Path(out), document)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

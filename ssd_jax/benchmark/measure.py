@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ssd_jax import cli
 
 if TYPE_CHECKING:
+    from ssd_jax.benchmark.peers import PeerRun
     from ssd_jax.generate import GenerationResult
+    from ssd_jax.stack import Stack
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -55,12 +57,12 @@ def combination(record: Record) -> tuple[int, str, int]:
     return record["prompt"], record["sampling"], record["repeat"]
 
 
-def timed(generate: Callable[[], GenerationResult], stages: Sequence[str]) -> Record:
+def timed(generate: Callable[[], GenerationResult], stack: Stack) -> Record:
     """Run; once more if that compiled. The part of a record that a run of ours gives.
 
     Args:
       generate: decodes the prompt.
-      stages: stage names by index.
+      stack: with what.
     """
     result = generate()
     compile_seconds = float(result.stats.compile_seconds)
@@ -68,6 +70,7 @@ def timed(generate: Callable[[], GenerationResult], stages: Sequence[str]) -> Re
         result = generate()
     stats = result.stats
     return {
+        "dtype": str(stack.oracle.dtype),
         "seconds": float(stats.seconds),
         "compile_seconds": compile_seconds,
         "new_tokens": int(stats.new_tokens),
@@ -77,7 +80,30 @@ def timed(generate: Callable[[], GenerationResult], stages: Sequence[str]) -> Re
         "passes": dict(stats.passes),
         "round_tokens": list(stats.round_tokens),
         "round_passes": {stage: list(count) for stage, count in stats.round_passes.items()},
-        "origins": "".join(str(stages.index(origin)) for origin in result.origins),
+        "origins": "".join(str(stack.stage_names.index(origin)) for origin in result.origins),
         "relative_bandwidth": cli.finite(stats.relative_bandwidth),
         "min_margin": cli.finite(stats.min_margin),
+    }
+
+
+def told_by_a_peer(run: PeerRun, dtype: str, prompt: Sequence[int], stack: Stack) -> Record:
+    """The part of a record that a peer's run gives; what it does not tell is ``None``."""
+    ended = bool(run.tokens) and run.tokens[-1] in stack.eos_ids
+    full = len(prompt) + len(run.tokens) == stack.oracle.config.n_positions
+    text = run.tokens[:-1] if ended else run.tokens
+    return {
+        "dtype": dtype,
+        "prompt_tokens": len(prompt),
+        "seconds": run.seconds,
+        "compile_seconds": 0.0,
+        "new_tokens": len(run.tokens),
+        "characters": len(stack.tokenizer.decode(text)) if stack.tokenizer else None,
+        "tokens": run.tokens,
+        "finish_reason": "eos" if ended else "context" if full else "length",
+        "passes": {} if run.oracle_passes is None else {"oracle": run.oracle_passes},
+        "round_tokens": None,
+        "round_passes": None,
+        "origins": None,
+        "relative_bandwidth": None,
+        "min_margin": None,
     }

@@ -34,6 +34,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "mode": (str,),
     "sampling": (str,),
     "repeat": (int,),
+    "dtype": (str,),
     "prompt_tokens": (int,),
     "seconds": (int, float),
     "compile_seconds": (int, float),
@@ -171,19 +172,19 @@ def read(path: str | Path) -> Record:
     return document
 
 
-def continued(folder: str | Path, current: Record) -> list[Record]:
-    """The records in a folder's ``results.json``, if they were measured as now; none without it.
+def continued(folder: str | Path, current: Record) -> Record:
+    """A folder's ``results.json``, if it was measured as now; an empty document without it.
 
     Args:
       folder: of an earlier run.
       current: this run's conditions.
 
     Raises:
-      DataError: they were measured under other conditions; the error names the first.
+      DataError: it was measured under other conditions; the error names the first.
     """
     path = Path(folder) / NAME
     if not path.exists():
-        return []
+        return {"records": []}
     document = read(path)
     earlier = document["conditions"]
     # Another run may ask for other modes; those of both must be the same.
@@ -194,4 +195,4 @@ def continued(folder: str | Path, current: Record) -> list[Record]:
         if name not in _PASSING and before != now:
             shown = f" ({before}, not {now})" if len(before + now) < 200 else ""
             raise DataError(f"{path} was measured with another {name}{shown}; give another --out")
-    return document["records"]
+    return document

@@ -139,9 +139,11 @@ def _total(repeats: Sequence[Record]) -> tuple[int, float]:
 
 
 def _exact_match(name: str, prompts: Prompts, baseline: Prompts | None) -> list[int] | None:
-    other_numerics = name.startswith(BASELINE) and name != BASELINE
-    sampled_peer = name not in MODES and any(r[0]["sampling"] != "greedy" for r in prompts.values())
-    if baseline is None or other_numerics or sampled_peer:
+    firsts = [repeats[0] for repeats in (*prompts.values(), *(baseline or {}).values())]
+    other_numerics = len({record["dtype"] for record in firsts}) > 1
+    is_own = name.startswith(BASELINE) or name in MODES
+    other_noise = not is_own and firsts[0]["sampling"] != "greedy"
+    if baseline is None or other_numerics or other_noise:
         return None
     common = prompts.keys() & baseline.keys()
     same = sum(

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ssd_jax.benchmark.measure import Record
 from ssd_jax.benchmark.summary import Summary
 
 
-def summary_table(summary: Summary) -> Table:
-    """A rich table, one row per sampling and mode."""
+def summary_tables(summary: Summary) -> list[Table]:
+    """Rich tables, one a sampling, with a row a mode; at most 80 columns wide."""
     columns = {
-        "tokens/s": ("tokens_per_second", "{:.1f}"),
+        "tokens/s": ("tokens_per_second", "{:.0f}"),
         "speed-up": ("speedup", "{:.2f}x"),
         "tokens/pass": ("tokens_per_oracle_pass", "{:.2f}"),
-        "rel. bandwidth": ("relative_bandwidth", "{:.2f}"),
+        "bandwidth": ("relative_bandwidth", "{:.2f}"),
         "overhead": ("overhead_share", "{:.0%}"),
     }
-    table = Table()
-    table.add_column("sampling", no_wrap=True)
-    table.add_column("mode", no_wrap=True)
-    for heading in (*columns, "identical"):
-        table.add_column(heading, justify="right")
+    tables = []
     for sampling, modes in summary.items():
+        table = Table(title=sampling, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0))
+        table.add_column("mode", no_wrap=True)
+        for heading in (*columns, "exact"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for mode, figures in modes.items():
             cells = [
                 "-" if figures[field] is None else form.format(figures[field])
                 for field, form in columns.values()
             ]
             match = figures["exact_match"]
-            table.add_row(
-                sampling, mode, *cells, "-" if match is None else f"{match[0]}/{match[1]}"
-            )
-    return table
+            table.add_row(mode, *cells, "-" if match is None else f"{match[0]}/{match[1]}")
+        tables.append(table)
+    return tables
 
 
 def remarks(document: Record) -> list[str]:

@@ -1,0 +1,865 @@
+"""``report.html``: the benchmark's figures, plots, texts and trees in one file to look at.
+
+The file stands alone: no network, no fonts, no scripts but its own, whose hash its content
+policy names. Prompts and texts are hostile until escaped; Jinja escapes everything here. The
+plots are SVG laid out in this module and styled by the page, so that they follow its colours,
+light or dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import importlib.resources
+import math
+import re
+import shlex
+import statistics
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ssd_jax.benchmark.summary import BASELINE, by_prompt, speedups
+from ssd_jax.files import atomic_path
+from ssd_jax.plan import MODES
+
+NAME = "report.html"
+MISSING = "–"
+
+SAMPLING_LABELS = {"greedy": "greedy", "topk50": "top-k 50, T = 1"}
+MODE_WORDS = {
+    "baseline": "plain decoding, one oracle pass a token",
+    "speculative": "classical speculation, a chain of the first draft's guesses",
+    "staged": "the paper's: a tree that all stages grow",
+    "hf": "transformers, plain generate",
+    "hf-assisted": "transformers, assisted by the same draft",
+    "hf-lookup": "transformers, guesses looked up in the text so far",
+    "ctranslate2": "CTranslate2, plain decoding",
+}
+
+# Spector and Ré (2023), HumanEval's 164 prompts: Table 1, Table 2, parameters.
+PAPER_BANDWIDTH = {"greedy": (1.00, 0.31, 0.23), "topk50": (1.00, 0.48, 0.35)}
+PAPER_SPEED = {"greedy": (150.0, 350.0, 475.0), "topk50": (150.0, 219.0, 298.0)}
+PAPER_SPEEDUP = {"greedy": (1.0, 2.33, 3.16), "topk50": (1.0, 1.46, 1.98)}
+PAPER_PARAMETERS = 762e6
+
+Record = dict[str, Any]
+Node = Mapping[str, Any]
+
+
+def write(folder: Path, document: dict) -> Path:
+    """Write ``report.html`` in ``folder`` (made if need be), never half there.
+
+    Args:
+      folder: where.
+      document: as in ``results.json``; sections and fields may be missing. Shown beyond those:
+        ``roofline``, of ``bandwidth`` (bytes/s), ``flops`` (flop/s) and ``points``, each with
+        ``name``, ``intensity`` (flop/byte) and ``flops`` (achieved, flop/s); and ``ablations``,
+        lists of rows by name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = render(document)
+    with atomic_path(folder / NAME) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # of lone surrogates
+    return folder / NAME
+
+
+def render(document: dict) -> str:
+    """The page; see :func:`write`."""
+    summary: Record = document.get("summary") or {}
+    conditions: Record = document.get("conditions") or {}
+    examples: list[Record] = document.get("examples") or []
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,  # what a document lacks is shown as missing
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "num": number,
+        "pct": percent,
+        "times": times,
+        "interval": interval,
+        "visible": visible,
+        "stage_class": stage_class,
+        "stage_label": stage_label,
+        "sampling_label": sampling_label,
+        "policy_hash": _policy_hash,
+    }
+    template = importlib.resources.files("ssd_jax.benchmark").joinpath("report.html.j2")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        headline=headline(document),
+        verdict=verdict(summary),
+        conditions=condition_rows(document),
+        busy=(conditions.get("load_average") or 0) > (conditions.get("cpu_count") or math.inf),
+        summary={sampling: _own_first(modes) for sampling, modes in summary.items()},
+        mode_words=_mode_words(summary, document.get("peers") or {}),
+        plans={mode: cell(plan) for mode, plan in (conditions.get("plans") or {}).items()},
+        costs=document.get("costs") or {},
+        overheads=[
+            f"{percent(share)} ({sampling_label(sampling)})"
+            for sampling, modes in summary.items()
+            if (share := (modes.get("staged") or {}).get("overhead_share")) is not None
+        ],
+        paper=paper_tables(summary),
+        models_here=_models(conditions),
+        device=_device(conditions),
+        dtype=conditions.get("dtype"),
+        prompts=_prompts(conditions),
+        paper_ratio=_ratio_to_paper(conditions),
+        roofline=roofline_plot(document.get("roofline")),
+        swarms=swarm_plots(document),
+        curves=acceptance_plots(summary),
+        origin_shares=origin_shares(document),
+        texts=[_text(example) for example in examples],
+        stages=_stages(examples),
+        viewers=[viewer for example in examples if (viewer := _viewer(example))["rounds"]],
+        ablations=_ablations(document.get("ablations") or {}),
+        command=command(conditions, summary),
+    )
+
+
+# --- Figures in words --------------------------------------------------------------------
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def number(value: Any, spec: str = ".2f") -> str:
+    """A number with a true minus sign, or a dash for none."""
+    if not is_number(value) or not math.isfinite(value):
+        return MISSING
+    return format(value, spec).replace("-", "\N{MINUS SIGN}")
+
+
+def percent(value: Any) -> str:
+    return f"{number(100 * value, '.0f')}\N{NO-BREAK SPACE}%" if is_number(value) else MISSING
+
+
+def times(value: Any) -> str:
+    return f"{number(value)}×" if is_number(value) else MISSING
+
+
+def interval(pair: Any) -> str:
+    """A 95 % interval; nothing if there is none, or if it is that of a ratio to itself."""
+    if not isinstance(pair, Sequence) or len(pair) != 2 or pair[0] == pair[1]:
+        return ""
+    return f"{number(pair[0])}–{number(pair[1])}"
+
+
+def cell(value: Any) -> str:
+    """A cell of a table whose columns are not known beforehand."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value, ",.0f" if abs(value) >= 1000 else ".4g")
+    if isinstance(value, int):
+        return number(value, ",d")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(cell(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {cell(item)}" for key, item in value.items())
+    return MISSING if value is None else str(value)
+
+
+def visible(token: str, longest: int | None = None) -> str:
+    """A token's text with its white space and control characters to be seen."""
+    shown = "".join(_SIGNS.get(c) or (chr(0x2400 + ord(c)) if c < " " else c) for c in token)
+    if longest is not None and len(shown) > longest:
+        shown = shown[: longest - 1] + "…"
+    return shown or "∅"
+
+
+_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\x7f": "␡"}
+
+
+def sampling_label(name: str) -> str:
+    return SAMPLING_LABELS.get(name, name)
+
+
+def stage_class(stage: str) -> str:
+    """The page's class for a stage: it has colours for two drafts, the second's serves more."""
+    if stage in ("oracle", "draft", "ngram"):
+        return stage
+    return "draft2" if stage.startswith("draft") else "other"
+
+
+def stage_label(stage: str) -> str:
+    return {"ngram": "n-gram"}.get(stage, stage)
+
+
+def headline(document: dict) -> str:
+    """The key figures in one sentence."""
+    summary: Record = document.get("summary") or {}
+    modes = [mode for mode in MODES if any(mode in own for own in summary.values())]
+    if not modes:
+        return "Nothing was measured."
+    mode = modes[-1]
+    parts = []
+    for sampling, own in summary.items():
+        figures = own.get(mode) or {}
+        said = [
+            (figures.get("tokens_per_oracle_pass"), "{:.2f} tokens per oracle pass"),
+            (figures.get("relative_bandwidth"), "{:.2f} of plain decoding’s bytes per token"),
+            (figures.get("tokens_per_second"), "{:.0f} tokens/s"),
+        ]
+        clauses = [words.format(value) for value, words in said if value is not None]
+        if mode != BASELINE and figures.get("speedup") is not None:
+            known = interval(figures.get("speedup_interval"))
+            clauses.append(
+                f"{times(figures['speedup'])} the speed of the fastest plain decoding"
+                + (f" (95\N{NO-BREAK SPACE}% interval {known})" if known else "")
+            )
+        if clauses:
+            parts.append(f"{sampling_label(sampling)}: {', '.join(clauses)}")
+    conditions: Record = document.get("conditions") or {}
+    where = ", ".join(part for part in (_device(conditions), conditions.get("dtype")) if part)
+    name = "Plain" if mode == BASELINE else mode.capitalize()
+    return f"{name} decoding{f' on {where}' if where else ''} – {'; '.join(parts)}."
+
+
+def verdict(summary: Record) -> Record | None:
+    """Whether the drafting modes wrote the baseline's texts: ``same`` of ``of``."""
+    matches = [
+        match
+        for modes in summary.values()
+        for mode, figures in modes.items()
+        if mode in MODES and mode != BASELINE and (match := figures.get("exact_match"))
+    ]
+    of = sum(match[1] for match in matches)
+    return {"same": sum(match[0] for match in matches), "of": of} if of else None
+
+
+def condition_rows(document: dict) -> list[tuple[str, str]]:
+    """Under what conditions it was measured, as names and words."""
+    rest = dict(document.get("conditions") or {})
+    c = {name: rest.pop(name, None) for name in _TOLD}
+    rows = [("date", _date(c["date"])), ("device", _device(c))]
+    system = [
+        c["backend"] and f"backend {c['backend']}",
+        c["machine"],
+        c["frequency_governor"] and f"governor {c['frequency_governor']}",
+        c["load_average"] is not None and f"load {c['load_average']} at the start",
+    ]
+    rows.append(("system", ", ".join(part for part in system if part)))
+    if document.get("peak_memory_bytes"):
+        rows.append(("peak memory", _bytes(document["peak_memory_bytes"])))
+    rows += [("models", _models(c)), ("a pass reads", _pass_bytes(c)), ("dtype", c["dtype"] or "")]
+    rows.append(("prompts", _prompts(c)))
+    decoding = [
+        c["max_new_tokens"] and f"at most {c['max_new_tokens']} new tokens",
+        c["repeats"] and f"{c['repeats']} run{'s' * (c['repeats'] != 1)} of each",
+        c["seed"] is not None and f"seed {c['seed']}",
+    ]
+    rows.append(("decoding", ", ".join(part for part in decoding if part)))
+    versions = {"python": c["python"], **(c["versions"] or {})}
+    rows.append(("versions", ", ".join(f"{n} {v}" for n, v in versions.items() if v)))
+    rows.append(("commit", _commit(c["commit"])))
+    rows += [(name.replace("_", " "), cell(value)) for name, value in rest.items()]
+    return [(name, words) for name, words in rows if words and words != MISSING]
+
+
+# The conditions that `condition_rows` words; it lists what else there is as it is.
+_TOLD = (
+    *("date", "device", "backend", "cpu_count", "frequency_governor", "load_average", "machine"),
+    *("python", "versions", "commit", "stages", "dtype", "parameters", "weight_bytes"),
+    *("cache_bytes_per_token", "plans", "models", "label", "prompts", "limit", "prompt_count"),
+    *("max_new_tokens", "repeats", "seed"),
+)
+
+
+def _date(text: str | None) -> str:
+    try:
+        moment = datetime.datetime.fromisoformat(text or "")
+    except ValueError:
+        return text or ""
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
+
+
+def _device(conditions: Record) -> str:
+    cores = conditions.get("cpu_count")
+    device = conditions.get("device")
+    if not device or not cores:
+        return device or ""
+    return f"{device}, {cores} {'host ' * (conditions.get('backend') != 'cpu')}" + (
+        "core" if cores == 1 else "cores"
+    )
+
+
+def _models(conditions: Record) -> str:
+    """The models with their sizes, and how many times the oracle's each one is smaller."""
+    parameters = conditions.get("parameters") or {}
+    oracle = parameters.get("oracle")
+    parts = [
+        f"{name} {_count(size)} parameters"
+        + (f" ({oracle / size:.1f} times fewer)" if oracle and name != "oracle" and size else "")
+        for name, size in parameters.items()
+    ]
+    ngrams = [plan.get("ngram") or {} for plan in (conditions.get("plans") or {}).values()]
+    parts += ["Katz trigram"] * any(ngram.get("branch") for ngram in ngrams)
+    parts += ["look-up in the text"] * any(ngram.get("match") for ngram in ngrams)
+    models = conditions.get("models") or {}
+    names = [models.get("checkpoint") or models.get("oracle"), conditions.get("label")]
+    name = ", ".join(str(name) for name in names if name)
+    return f"{name} – {', '.join(parts)}" if name and parts else name or ", ".join(parts)
+
+
+def _pass_bytes(conditions: Record) -> str:
+    cache = conditions.get("cache_bytes_per_token") or {}
+    return "; ".join(
+        f"{name} {_bytes(size)}"
+        + (f" and {_bytes(cache[name])} for each token so far" if name in cache else "")
+        for name, size in (conditions.get("weight_bytes") or {}).items()
+    )
+
+
+def _prompts(conditions: Record) -> str:
+    count, name = conditions.get("prompt_count"), conditions.get("prompts")
+    parts = [name, count and f"{count} prompt{'s' * (count != 1)}"]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _commit(text: str | None) -> str:
+    commit, dirty, _ = (text or "").partition("-dirty")
+    return commit[:12] + (", edited" if dirty else "")
+
+
+def _count(value: float) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= unit:
+            return f"{value / unit:.3g}\N{NO-BREAK SPACE}{name}"
+    return f"{value:g}\N{NO-BREAK SPACE}B"
+
+
+def _ratio_to_paper(conditions: Record) -> str | None:
+    oracle = (conditions.get("parameters") or {}).get("oracle")
+    return f"{PAPER_PARAMETERS / oracle:.2g}" if oracle else None
+
+
+def _own_first(modes: Record) -> list[tuple[str, Record]]:
+    def rank(item: tuple[str, Record]) -> int:
+        mode = item[0]
+        return MODES.index(mode) if mode in MODES else 3 if mode.startswith(BASELINE) else 4
+
+    return sorted(modes.items(), key=rank)
+
+
+def _mode_words(summary: Record, peers: Record) -> dict[str, str]:
+    """What each mode is; of a peer, in which setting it is the fastest and which ones failed."""
+    names = dict.fromkeys(mode for modes in summary.values() for mode, _ in _own_first(modes))
+    words = {}
+    for mode in names:
+        other = mode.removeprefix(f"{BASELINE}-")
+        said = [f"plain decoding in {other}" if other != mode else MODE_WORDS.get(mode, "")]
+        peer = peers.get(mode) or {}
+        if peer.get("setting"):
+            said.append(f"setting: {peer['setting']}")
+        for setting, reason in (peer.get("skipped") or {}).items():
+            said.append(f"failed: {setting} ({reason})")
+        words[mode] = "; ".join(part for part in said if part)
+    return words
+
+
+def paper_tables(summary: Record) -> list[Record]:
+    """The paper's Tables 1 and 2, each row with ours below it."""
+
+    def ours(sampling: str, shown: Callable[[Record], str]) -> list[str]:
+        modes = summary.get(sampling) or {}
+        return [shown(modes.get(mode) or {}) for mode in MODES]
+
+    def bandwidth(figures: Record) -> str:
+        return number(figures.get("relative_bandwidth"))
+
+    def speed(figures: Record) -> str:
+        rate, ratio = figures.get("tokens_per_second"), figures.get("speedup")
+        return number(rate, ".0f") + (f" ({times(ratio)})" if ratio is not None else "")
+
+    return [
+        {
+            "title": "Table 1: relative bandwidth",
+            "rows": [
+                (sampling, [number(value) for value in values], ours(sampling, bandwidth))
+                for sampling, values in PAPER_BANDWIDTH.items()
+            ],
+        },
+        {
+            "title": "Table 2: tokens/s (speed-up)",
+            "rows": [
+                (
+                    sampling,
+                    [
+                        f"{number(rate, '.0f')} ({times(ratio)})"
+                        for rate, ratio in zip(rates, PAPER_SPEEDUP[sampling], strict=True)
+                    ],
+                    ours(sampling, speed),
+                )
+                for sampling, rates in PAPER_SPEED.items()
+            ],
+        },
+    ]
+
+
+def command(conditions: Record, summary: Record) -> str:
+    """What measures this again, as far as the conditions tell."""
+    models = conditions.get("models") or {}
+    plans = list(conditions.get("plans") or {})
+    words = ["python", "scripts/benchmark.py"]
+
+    def option(name: str, value: Any) -> None:
+        if value not in (None, ""):
+            words.extend((name, shlex.quote(str(value))))
+
+    option("--prompts", conditions.get("prompts"))
+    option("--limit", conditions.get("limit"))
+    option("--sampling", ",".join(summary))
+    option("--max-new-tokens", conditions.get("max_new_tokens"))
+    option("--repeats", conditions.get("repeats"))
+    option("--seed", conditions.get("seed"))
+    if plans and set(plans) != set(MODES):
+        option("--modes", ",".join(plans))
+    measured = dict.fromkeys(mode for modes in summary.values() for mode in modes)
+    option("--peers", ",".join(m for m in measured if m not in MODES and BASELINE not in m))
+    if BASELINE in measured and not any(mode.startswith(f"{BASELINE}-") for mode in measured):
+        words.append("--no-other-baseline")
+    checkpoint = models.get("checkpoint")
+    option("--checkpoint", checkpoint and f"checkpoints/{checkpoint}")
+    option("--oracle", models.get("oracle"))
+    for draft in models.get("drafts") or []:
+        option("--draft", draft)
+    option("--ngram", models.get("ngram"))
+    option("--dtype", conditions.get("dtype"))
+    option("--out", "results")
+    return " ".join(words)
+
+
+def _ablations(tables: Mapping[str, Sequence[Record]]) -> dict[str, Record]:
+    """Each table's columns, in the order in which its rows bring them, and rows of cells."""
+    laid = {}
+    for name, rows in tables.items():
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [_column([row.get(column) for row in rows]) for column in columns]
+        heads = [
+            (column.replace("_", " "), "left" if ("left" in {kind for _, kind in own}) else "")
+            for column, own in zip(columns, cells, strict=True)
+        ]
+        if rows:
+            laid[name.replace("_", " ")] = {"heads": heads, "rows": list(zip(*cells, strict=True))}
+    return laid
+
+
+def _column(values: Sequence[Any]) -> list[tuple[str, str]]:
+    """Cells and their classes: words to the left, numbers with as many decimals each."""
+    largest = max((abs(v) for v in values if isinstance(v, float)), default=0.0)
+    decimals = 4 if 0 < largest < 0.1 else 2 if largest < 100 else 0
+    words = any(isinstance(v, str) and not _MATCH.fullmatch(v) for v in values)
+    cells = []
+    for value in values:
+        shown = number(value, f",.{decimals}f") if isinstance(value, float) else cell(value)
+        same = _MATCH.fullmatch(shown)
+        fails = same is not None and same[1] != same[2]
+        cells.append((f"✗ {shown}" if fails else shown, "bad" if fails else "left" * words))
+    return cells
+
+
+_MATCH = re.compile(r"(\d+) of (\d+)")
+
+
+def _policy_hash(script: str) -> str:
+    """As a content security policy names an inline script."""
+    digest = hashlib.sha256(str(script).encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+# --- Plots -------------------------------------------------------------------------------
+
+WIDTH = 380.0  # of every plot, in its own units: about a phone's, so that its text stays legible
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A scale from values to places: ``low`` to ``high`` on ``start`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (
+            (math.log10(v) for v in (self.low, self.high, value))
+            if self.log
+            else (self.low, self.high, value)
+        )
+        return round(self.start + (at - low) / (high - low) * (self.end - self.start), 1)
+
+    def ticks(self) -> list[float]:
+        """Round values, at most 8."""
+        if self.log:
+            first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
+            parts = (1,) if last - first > 2 else (1, 2, 5)
+            places = [part * 10.0**k for k in range(first, last + 1) for part in parts]
+            inside = [value for value in places if self.low <= value <= self.high]
+            return inside[:: 1 + len(inside) // 8]
+        span = self.high - self.low
+        unit = 10.0 ** math.floor(math.log10(span))
+        step = next(s * unit for s in (0.2, 0.5, 1, 2) if span / (s * unit) <= 6)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [round(k * step, 10) for k in range(first, last + 1)]
+
+    def marks(self, form: Callable[[float], str]) -> list[tuple[float, str]]:
+        return [(self(value), form(value)) for value in self.ticks()]
+
+
+def swarm_plots(document: dict) -> Record | None:
+    """Figure 2: one plot a sampling, one swarm of dots a mode, one dot a prompt."""
+    records: list[Record] = document.get("records") or []
+    ratios: dict[str, dict[str, dict[int, float]]] = {}
+    over: dict[str, str] = {}
+    for sampling, modes in (document.get("summary") or {}).items():
+        own = {
+            mode: by_prompt(r for r in records if (r["sampling"], r["mode"]) == (sampling, mode))
+            for mode in modes
+        }
+        baselines = [
+            (figures["tokens_per_second"], mode)
+            for mode, figures in modes.items()
+            if mode.startswith(BASELINE) and figures.get("tokens_per_second")
+        ]
+        if baselines:
+            over[sampling] = max(baselines)[1]
+            found = {
+                mode: values
+                for mode in MODES
+                if mode != BASELINE
+                and mode in own
+                and (values := speedups(own[mode], own[over[sampling]]))
+            }
+            if found:
+                ratios[sampling] = found
+    if not ratios:
+        return None
+    every = [v for modes in ratios.values() for values in modes.values() for v in values.values()]
+    axis = Axis(0.0, max(1.2, 1.04 * max(every)), 8.0, WIDTH - 10)
+    return {
+        "axis": axis.marks(lambda value: f"{value:g}×"),
+        "one": axis(1.0),
+        "panels": [
+            {
+                "sampling": sampling,
+                "over": over[sampling],
+                "rows": [
+                    {
+                        "mode": mode,
+                        "median": axis(median := statistics.median(values.values())),
+                        "words": f"median {times(median)}, {times(min(values.values()))}"
+                        f" to {times(max(values.values()))}",
+                        "dots": [
+                            (x, y, f"prompt {prompt}: {times(values[prompt])}")
+                            for prompt, x, y in _swarm(values, axis)
+                        ],
+                    }
+                    for mode, values in modes.items()
+                ],
+            }
+            for sampling, modes in ratios.items()
+        ],
+    }
+
+
+def _swarm(
+    values: Mapping[int, float], axis: Axis, size: float = 5.0, half: float = 24.0
+) -> list[tuple[int, float, float]]:
+    """Dots ``(key, x, y)``, those of one place side by side about ``y = 0``."""
+    bins: dict[int, list[int]] = {}
+    for key, value in sorted(values.items(), key=lambda item: item[1]):
+        bins.setdefault(round(axis(value) / size), []).append(key)
+    step = min(size, 2 * half / max(len(keys) for keys in bins.values()))
+    return [
+        (key, axis(values[key]), round(step * ((n + 1) // 2) * (-1) ** n, 1))
+        for keys in bins.values()
+        for n, key in enumerate(keys)
+    ]
+
+
+def acceptance_plots(summary: Record) -> list[Record]:
+    """Of each sampling, a curve a mode: how often a guess at a depth was accepted."""
+    shares = {
+        sampling: {
+            mode: own["acceptance_by_depth"]
+            for mode, own in _own_first(modes)
+            if own.get("acceptance_by_depth")
+        }
+        for sampling, modes in summary.items()
+    }
+    deepest = max((len(s) for modes in shares.values() for s in modes.values()), default=0)
+    if not deepest:
+        return []
+    across, up = Axis(1, max(2, deepest), 44.0, WIDTH - 14), Axis(0, 1, 200.0, 30.0)
+    every = max(1, math.ceil(deepest / 12))
+    return [
+        {
+            "sampling": sampling,
+            "across": [(across(d), f"{d}") for d in range(1, deepest + 1, every)],
+            "up": up.marks(percent),
+            "curves": [
+                {
+                    "mode": mode,
+                    "kind": "staged" if mode == "staged" else "speculative",
+                    "points": [
+                        (across(depth), up(share), f"{mode}, depth {depth}: {percent(share)}")
+                        for depth, share in enumerate(own, 1)
+                    ],
+                }
+                for mode, own in modes.items()
+            ],
+        }
+        for sampling, modes in shares.items()
+        if modes
+    ]
+
+
+def roofline_plot(roofline: Record | None) -> Record | None:
+    """Figure 1: what a device can do at an arithmetic intensity, and what the modes do."""
+    if not roofline or not roofline.get("bandwidth") or not roofline.get("flops"):
+        return None
+    bandwidth, peak = roofline["bandwidth"], roofline["flops"]
+    points = [p for p in roofline.get("points") or [] if p["intensity"] > 0 and p["flops"] > 0]
+    ridge = peak / bandwidth
+    intensities = [ridge, *(point["intensity"] for point in points)]
+    low, high = min(intensities) / 3, max(intensities) * 4
+    floor = min([bandwidth * low, *(point["flops"] for point in points)]) / 2
+    across = Axis(low, high, 52.0, WIDTH - 12, log=True)
+    up = Axis(floor, 3 * peak, 240.0, 12.0, log=True)
+    return {
+        "across": across.marks(lambda value: f"{value:g}"),
+        "up": up.marks(_flops),
+        "roof": [
+            (across(low), up(bandwidth * low)),
+            (across(ridge), up(peak)),
+            (across(high), up(peak)),
+        ],
+        "ridge": f"{ridge:.3g}",
+        "bandwidth": f"{_bytes(bandwidth)}/s",
+        "flops": _flops(peak),
+        "points": [
+            {
+                "x": across(point["intensity"]),
+                "y": up(point["flops"]),
+                "name": point["name"],
+                "intensity": f"{point['intensity']:.3g}",
+                "flops": _flops(point["flops"]),
+                "share": point["flops"] / min(peak, bandwidth * point["intensity"]),
+            }
+            for point in points
+        ],
+    }
+
+
+def _flops(value: float) -> str:
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}flop/s"
+    return f"{value:.3g} flop/s"
+
+
+# --- Texts and trees ---------------------------------------------------------------------
+
+
+def _shares(stages: Iterable[str]) -> list[tuple[str, float]]:
+    counts = Counter(stages)
+    total = sum(counts.values())
+    return [(stage, counts[stage] / total) for stage in sorted(counts, key=_stage_rank)]
+
+
+def _stage_rank(stage: str) -> tuple[bool, bool, str]:
+    return stage != "oracle", stage == "ngram", stage
+
+
+def _stages(examples: Sequence[Record]) -> list[str]:
+    """Those that the examples show."""
+    pieces = {stage for example in examples for _, stage in example.get("pieces") or []}
+    trees = [tree for example in examples for tree in example.get("trees") or []]
+    return sorted(pieces | {node["stage"] for tree in trees for node in tree}, key=_stage_rank)
+
+
+def origin_shares(document: dict) -> list[Record]:
+    """Over all texts, the share of the tokens that each stage proposed."""
+    stages = (document.get("conditions") or {}).get("stages") or []
+    found: dict[tuple[str, str], str] = {}
+    for record in document.get("records") or []:
+        if record["mode"] in MODES[1:] and record["repeat"] == 0 and record["origins"]:
+            key = record["sampling"], record["mode"]
+            found[key] = found.get(key, "") + record["origins"]
+    return [
+        {
+            "sampling": sampling,
+            "mode": mode,
+            "tokens": len(origins),
+            "shares": _shares(stages[int(index)] for index in origins),
+        }
+        for (sampling, mode), origins in found.items()
+        if max(map(int, set(origins))) < len(stages)
+    ]
+
+
+def _text(example: Record) -> Record:
+    pieces = example.get("pieces") or []
+    return {
+        "title": _title(example),
+        "rate": example.get("tokens_per_oracle_pass"),
+        "prompt": example.get("prompt") or "",
+        "pieces": pieces,
+        "shares": _shares(stage for _, stage in pieces),
+    }
+
+
+def _title(example: Record) -> str:
+    sampling = sampling_label(example.get("sampling", MISSING))
+    return f"Prompt {example.get('prompt_index', MISSING)}, {sampling}"
+
+
+def _viewer(example: Record) -> Record:
+    """An example's rounds, each drawn."""
+    pieces, trees = example.get("pieces") or [], example.get("trees") or []
+    rounds, committed = [], 0
+    for place, tree in enumerate(trees):
+        drafted = [node for node in tree if node["accepted"] and node["parent"] >= 0]
+        committed += len(drafted) + 1
+        own = None  # the oracle's own token, if the text did not end before it
+        if place + 1 < len(trees) and trees[place + 1]:
+            own = trees[place + 1][0]["token"]
+        elif committed <= len(pieces):
+            own = pieces[committed - 1][0]
+        rounds.append(
+            draw_tree(tree, own)
+            | {
+                "size": len(tree),
+                "evaluated": sum(node["evaluated"] for node in tree),
+                "drafted": len(drafted),
+                "own": own,
+                "path": [(node["token"], node["stage"]) for node in drafted]
+                + ([(own, "oracle")] if own is not None else []),
+            }
+        )
+    return {"title": _title(example), "rounds": rounds}
+
+
+ROW, LABEL_HEIGHT, GAP, EM, LONGEST = 25.0, 19.0, 26.0, 7.25, 14
+
+
+def draw_tree(tree: Sequence[Node], own: str | None = None) -> Record:
+    """Places of a tree's nodes and edges: a column a depth, the accepted path in the first row.
+
+    Args:
+      tree: nodes as of :func:`ssd_jax.benchmark.examples.round_trees`.
+      own: the oracle's own token after the accepted path.
+    """
+    nodes: list[Node] = list(tree)
+    if own is not None:
+        last = max((i for i, node in enumerate(tree) if node["accepted"]), default=-1)
+        nodes.append({"parent": last, "token": own, "stage": "oracle", "own": True})
+    children: dict[int, list[int]] = {}
+    depths: list[int] = []
+    for i, node in enumerate(nodes):
+        depths.append(depths[node["parent"]] + 1 if node["parent"] >= 0 else 0)
+        children.setdefault(node["parent"], []).append(i)
+    rows = _rows(nodes, children)
+    labels = [visible(node["token"], LONGEST) for node in nodes]
+    widths = [_width(label) for label in labels]
+    columns, right = [], 2.0
+    for depth in range(max(depths, default=0) + 1):
+        columns.append(right)
+        right += GAP + max((w for w, d in zip(widths, depths, strict=True) if d == depth))
+    drawn, edges = [], []
+    for i, node in enumerate(nodes):
+        x, y, parent = columns[depths[i]], 2 + ROW * rows[i] + LABEL_HEIGHT / 2, node["parent"]
+        state = _state(node)
+        drawn.append(
+            {
+                "x": round(x, 1),
+                "y": y,
+                "width": round(widths[i], 1),
+                "label": labels[i],
+                "title": _node_title(node),
+                "classes": f"{stage_class(node['stage'])} {state}",
+            }
+        )
+        if parent >= 0:
+            x0 = columns[depths[parent]] + widths[parent]
+            y0 = 2 + ROW * rows[parent] + LABEL_HEIGHT / 2
+            turn = f"H{x - 12:.1f}V{y - 5:g}q0 5 5 5" if y > y0 else ""
+            edges.append({"path": f"M{x0:.1f} {y0:g}{turn}H{x:.1f}", "state": state})
+    edges.sort(key=lambda edge: _STATES.index(edge["state"]))
+    drawn.sort(key=lambda node: (node["y"], node["x"]))
+    return {
+        "width": math.ceil(right - GAP + 2),
+        "height": math.ceil(4 + ROW * max(rows, default=0) + LABEL_HEIGHT),
+        "nodes": drawn,
+        "edges": edges,
+    }
+
+
+def _width(label: str) -> float:
+    """Of a node, in a monospaced font."""
+    return 14 + EM * sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in label)
+
+
+_STATES = ("off", "seen", "taken")  # not in the oracle's pass; rejected by it; committed
+
+
+def _state(node: Node) -> str:
+    return (
+        "taken" if node.get("own") or node["accepted"] else "seen" if node["evaluated"] else "off"
+    )
+
+
+def _rows(nodes: Sequence[Node], children: Mapping[int, list[int]]) -> list[int]:
+    """The row of each node: a first child keeps its parent's, a later one opens a new one."""
+
+    def rank(i: int) -> tuple[int, float]:
+        return -_STATES.index(_state(nodes[i])), -nodes[i].get("probability", 1.0)
+
+    rows, row = [0] * len(nodes), 0
+    stack = [(i, place == 0) for place, i in enumerate(children.get(-1, []))][::-1]
+    while stack:
+        i, first = stack.pop()
+        row += not first
+        rows[i] = row
+        below = sorted(children.get(i, []), key=rank)
+        stack += [(child, place == 0) for place, child in enumerate(below)][::-1]
+    return rows
+
+
+def _node_title(node: Node) -> str:
+    if node.get("own"):
+        return f"{visible(node['token'])} – the oracle’s own token, committed"
+    if node["parent"] < 0:
+        return f"{visible(node['token'])} – the root, the newest token of the text"
+    fate = {
+        "off": "not evaluated by the oracle",
+        "seen": "evaluated, rejected",
+        "taken": "evaluated, accepted",
+    }[_state(node)]
+    p = node["probability"]
+    words = (
+        "below 0.0001 %" if p < 1e-6 else f"{100 * p:.1f} %" if p >= 1e-3 else f"{100 * p:.2g} %"
+    )
+    return (
+        f"{visible(node['token'])} – {stage_label(node['stage'])}, path probability {words}, {fate}"
+    )
