@@ -503,12 +503,12 @@ def compare(
       say: told of the progress.
 
     Returns:
-      A row for each sampling and scheme. ``difference`` is what it takes more than its rival
-      does, ``None`` without one; the errors are ``None`` for a single prompt.
+      A row for each sampling and scheme. ``difference`` is what it takes more than its
+      ``rival`` does, ``None`` without one; the errors are ``None`` for a single prompt.
 
     Raises:
       ConfigError: the stack has no model draft.
-      SamplingError: a sampling is greedy; every scheme takes the same tokens there.
+      SamplingError: a sampling is greedy; there is nothing to reject by then.
     """
     for name, options in samplings.items():
         if not options.get("temperature"):
@@ -533,6 +533,7 @@ def compare(
         | _figures(
             done[name, scheme.name], None if scheme.rival is None else done[name, scheme.rival]
         )
+        | {"rival": scheme.rival}
         for name in samplings
         for scheme in SCHEMES
     ]
