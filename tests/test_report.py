@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ssd_jax import files
-from ssd_jax.benchmark import report
+from ssd_jax.benchmark import drawing, report, wording
 from ssd_jax.benchmark.summary import summarize
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\' "> </title><b>&amp;'
@@ -25,6 +25,7 @@ def record(prompt, mode, sampling, seconds, tokens, rounds, origins):
         "mode": mode,
         "sampling": sampling,
         "repeat": 0,
+        "dtype": "bfloat16" if "bfloat16" in mode else "float32",
         "prompt_tokens": 5,
         "seconds": seconds,
         "compile_seconds": 0.0,
@@ -240,7 +241,7 @@ def test_texts_are_coloured_by_stage():
 
 
 def test_tree_puts_the_accepted_path_in_the_first_row():
-    drawn = report.draw_tree(example()["trees"][0], " own")
+    drawn = drawing.draw_tree(example()["trees"][0], " own")
     by_label = {node["label"]: node for node in drawn["nodes"]}
     top = [by_label[label] for label in ("⏎", "␣right", "␣own")]
     assert len({node["y"] for node in top}) == 1
@@ -262,7 +263,7 @@ def test_tree_puts_the_accepted_path_in_the_first_row():
 def test_a_node_never_stands_on_another_nor_on_an_edge_of_its_row():
     # A root with three children, of which the middle one has two more.
     tree = [node(-1, "a", accepted=True), *(node(0, c) for c in "bcd"), node(2, "e"), node(2, "f")]
-    drawn = report.draw_tree(tree)
+    drawn = drawing.draw_tree(tree)
     at = {n["label"]: (n["x"], n["y"]) for n in drawn["nodes"]}
     assert at["a"][1] == at["b"][1] and at["c"][1] == at["e"][1]
     assert at["b"][1] < at["c"][1] < at["f"][1] < at["d"][1]
@@ -270,7 +271,7 @@ def test_a_node_never_stands_on_another_nor_on_an_edge_of_its_row():
 
 def test_speedups_per_prompt_are_over_the_fastest_baseline():
     made = document()
-    swarms = report.swarm_plots(made)
+    swarms = drawing.swarm_plots(made)
     (greedy, _) = swarms["panels"]
     assert [row["mode"] for row in greedy["rows"]] == ["speculative", "staged"]
     titles = [title for *_, title in greedy["rows"][1]["dots"]]
@@ -282,7 +283,7 @@ def test_speedups_per_prompt_are_over_the_fastest_baseline():
     ]
     made["records"] += faster
     made["summary"] = summarize(made["records"])
-    (greedy, _) = report.swarm_plots(made)["panels"]
+    (greedy, _) = drawing.swarm_plots(made)["panels"]
     assert greedy["over"] == "baseline-bfloat16"
     assert "prompt 0: 2.00×" in [title for *_, title in greedy["rows"][1]["dots"]]
 
@@ -290,11 +291,11 @@ def test_speedups_per_prompt_are_over_the_fastest_baseline():
 @pytest.mark.parametrize(
     ("axis", "expected"),
     [
-        (report.Axis(0, 3.2, 0, 1), [0, 1, 2, 3]),
-        (report.Axis(0, 1, 0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (report.Axis(0, 12, 0, 1), [0, 2, 4, 6, 8, 10, 12]),
-        (report.Axis(0.5, 2000, 0, 1, log=True), [1, 10, 100, 1000]),
-        (report.Axis(0.5, 9, 0, 1, log=True), [0.5, 1, 2, 5]),
+        (drawing.Axis(0, 3.2, 0, 1), [0, 1, 2, 3]),
+        (drawing.Axis(0, 1, 0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (drawing.Axis(0, 12, 0, 1), [0, 2, 4, 6, 8, 10, 12]),
+        (drawing.Axis(0.5, 2000, 0, 1, log=True), [1, 10, 100, 1000]),
+        (drawing.Axis(0.5, 9, 0, 1, log=True), [0.5, 1, 2, 5]),
     ],
 )
 def test_ticks_are_round(axis, expected):
@@ -305,7 +306,7 @@ def test_ticks_are_round(axis, expected):
     ("token", "shown"), [(" a\n", "␣a⏎"), ("\t\x00", "⇥␀"), ("", "∅"), ("abcdef", "abc…")]
 )
 def test_white_space_is_to_be_seen(token, shown):
-    assert report.visible(token, 4) == shown
+    assert wording.visible(token, 4) == shown
 
 
 # --- Safety ------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     runners = {mode: _runner(*pair, args.max_new_tokens) for mode, pair in own.items()}
     scratch = tempfile.TemporaryDirectory()  # until the process ends: peers read from it
     peers = _open_peers(args, stack, prompts, Path(scratch.name))
-    document["peers"] = {p.name: {"setting": p.setting, "skipped": p.skipped} for p in peers}
+    settings = {peer.name: {"setting": peer.setting, "skipped": peer.skipped} for peer in peers}
+    document["peers"] = document.get("peers", {}) | settings
     runners |= {peer.name: _peer_runner(peer, stack, args.max_new_tokens) for peer in peers}
     _drop_incomplete(document["records"], list(runners))
     saved = time.monotonic()
@@ -134,7 +135,7 @@ def _benchmark(args: argparse.Namespace) -> None:
                 results.write(args.out, document)
                 saved = time.monotonic()
         if document["records"]:
-            document["costs"] = _costs(own, document["records"])
+            document["costs"] |= _costs(own, document["records"])
             document["roofline"] = _roofline(document["costs"], conditions)
             if args.out:
                 document["examples"] = _examples(stack, plans.get("staged"), prompts, args)
