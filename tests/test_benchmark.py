@@ -5,16 +5,17 @@ import gzip
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import toys
-from prompts import TRIO
+from prompts import REPOSITORY, TRIO
 from test_cli import make_result
 
 import ssd_jax
 from ssd_jax import cli
-from ssd_jax.benchmark import command, measure, results
+from ssd_jax.benchmark import ablations, command, measure, peers, results, schemes
 from ssd_jax.benchmark.examples import round_trees
 from ssd_jax.benchmark.prompts import load_prompts, read_prompts
 from ssd_jax.benchmark.summary import by_prompt, is_repetitive, speedups, summarize
@@ -240,6 +241,25 @@ def test_modes_take_turns_within_every_repeat():
     assert {call[2].get("top_k") for call in calls} == {None, 50}
 
 
+def test_published_figures_follow_from_the_committed_records():
+    packed = (REPOSITORY / "docs" / "results" / "humaneval-cpu.json.gz").read_bytes()
+    document = json.loads(gzip.decompress(packed))
+    docs = (REPOSITORY / "docs" / "benchmarks.md").read_text("utf-8")
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    for modes in summarize(document["records"], document["costs"]).values():
+        for mode, own in modes.items():
+            start = f"| {mode} | {own['tokens_per_second']:.0f} | {own['speedup']:.2f}"
+            assert start in docs
+            if own["relative_bandwidth"] is not None:
+                rest = f"{own['tokens_per_oracle_pass']:.2f} | "
+                rest += f"{own['characters_per_oracle_pass']:.1f} | "
+                rest += f"{own['relative_bandwidth']:.2f} | {100 * own['overhead_share']:.0f} %"
+                assert rest in docs
+        staged = modes["staged"]
+        assert f"{staged['tokens_per_second']:.0f} ({staged['speedup']:.2f}x)" in readme
+        assert f"**{staged['relative_bandwidth']:.2f}**" in readme
+
+
 def test_the_shipped_prompts_are_beginnings_of_functions():
     prompts = load_prompts("heldout")
     assert len(prompts) == len(set(prompts)) >= 40
@@ -355,6 +375,51 @@ def test_an_interrupted_run_is_continued_and_its_modes_still_take_turns(
     # A mode more: it must take turns with the others, so they are measured again with it.
     assert command.main([a for a in argv if a != "--no-other-baseline"]) == 0
     assert len(calls) == 3 + 2 * 4
+
+
+def test_ablations_are_measured_once_and_kept(monkeypatch, tmp_path, prompts_file, capsys):
+    count_calls(monkeypatch, tmp_path)
+    asked = []
+
+    def table(stack, prompts, **options):
+        asked.append((list(prompts), options["max_new_tokens"]))
+        return [{"variant": "tree", "tokens per oracle pass": 2.5, "speed": None}]
+
+    monkeypatch.setattr(ablations, "ablate", table)
+    monkeypatch.setattr(schemes, "compare", table)
+    argv = ["--prompts", str(prompts_file), "--out", str(tmp_path), "--no-other-baseline"]
+    assert command.main([*argv, "--ablations", "1"]) == 0
+    assert asked == [(["a"], 128)] * 2
+    assert "| tree | 2.50 | - |" in capsys.readouterr().out
+    found = results.read(tmp_path / "results.json")["ablations"]
+    assert set(found) == {"parts", "schemes of sampling"}
+    assert command.main([*argv, "--ablations", "1"]) == 0 and len(asked) == 2
+    assert results.read(tmp_path / "results.json")["ablations"] == found
+    assert "tokens per oracle pass" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_a_peer_takes_turns_with_our_modes(monkeypatch, tmp_path, prompts_file):
+    stack_calls = count_calls(monkeypatch, tmp_path)
+    done = []
+
+    def generate(tokens, **options):
+        done.append((len(stack_calls), options))
+        return peers.PeerRun([5, 6], 0.5, 2)
+
+    def open_peer(name, oracle, draft, **options):
+        assert (oracle.name, draft.name) == ("oracle", "draft") and options["calibration"]
+        return SimpleNamespace(
+            name=name, setting="eager, float32", skipped={}, dtype="float32", generate=generate
+        )
+
+    monkeypatch.setattr(peers, "open_peer", open_peer)
+    argv = ["--prompts", str(prompts_file), "--out", str(tmp_path), "--no-other-baseline"]
+    assert command.main([*argv, "--peers", "hf", "--sampling", "topk50"]) == 0
+    assert [calls for calls, _ in done] == [3, 6]
+    assert done[0][1] == {"max_new_tokens": 128, "temperature": 1.0, "top_k": 50, "seed": 0}
+    document = results.read(tmp_path / "results.json")
+    assert document["peers"]["hf"]["setting"] == "eager, float32"
+    assert document["summary"]["topk50"]["hf"]["tokens_per_oracle_pass"] == 1.0
 
 
 def test_results_of_other_conditions_are_not_continued(monkeypatch, tmp_path, prompts_file, capsys):
