@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from ssd_jax.errors import CheckpointError, SsdError
 
 # "name" or "owner/name", as the hub spells them.
@@ -45,6 +47,15 @@ def locate(path_or_name: str | os.PathLike, hub_files: Iterable[str]) -> Path:
             f"no folder {name!r} here, and the Hugging Face hub gave none "
             f"({first_line(error)}); check the name and the connection"
         ) from error
+
+
+def user_cache(kind: str) -> Path:
+    """The folder for what may be made again (compiled programs, tuned plans); it need not exist.
+
+    ``$SSD_JAX_CACHE``, or else where the platform keeps such things.
+    """
+    chosen = os.environ.get("SSD_JAX_CACHE")
+    return Path(chosen or platformdirs.user_cache_path("ssd_jax", appauthor=False)) / kind
 
 
 def read_json(path: Path) -> dict[str, Any]:
