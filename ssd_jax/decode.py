@@ -20,7 +20,7 @@ from ssd_jax import tree as trees
 from ssd_jax.kv_cache import KVCache
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, Policy
-from ssd_jax.sampling import Sampling, choose, gumbel_noise, scores
+from ssd_jax.sampling import Sampling, choose, gumbel_noise
 from ssd_jax.stages import Round, Side
 from ssd_jax.tree import TokenTree, at
 
@@ -240,7 +240,7 @@ def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
     else:
         logits, side = stages.evaluate(rnd, 0, side, tree, nodes, found)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
-    token, margin = choose(scores(logits, rnd.noise, level, rnd.sampling))
+    token, margin = choose(logits, rnd.noise, level, rnd.sampling)
     row, evaluated = trees.row_of(nodes, found, tree.capacity)
     root = rnd.capacities.trunk - 1
     path, accepted = trees.accepted_path(

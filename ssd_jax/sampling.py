@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -184,39 +184,67 @@ def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _truncate(logits: jax.Array, sampling: Sampling, sampled: jax.Array) -> jax.Array:
-    """Top-k and top-p by bisection on thresholds: ``k`` is traced, and sorts are ruinous."""
-    top_k = jnp.where(sampled, sampling.top_k, logits.shape[-1])[:, None]
-    top_p = jnp.where(sampled, sampling.top_p, 1.0)[:, None]
-    keys = _ordered_bits(logits)
-    by_count = _largest_key(lambda t: jnp.sum(keys >= t[..., None], -1) >= top_k, keys.shape[:-1])
-    kept = jnp.where(keys >= by_count[..., None], logits, -jnp.inf)
+    """Top-k and top-p by thresholds: ``k`` is traced, and sorts are ruinous."""
+    kept = jnp.where(_in_top_k(logits, sampling, sampled), logits, -jnp.inf)
 
-    weights = jax.nn.softmax(kept, axis=-1)
-    # A token stays if the mass strictly above it is less than top_p; so the threshold is the
-    # largest key at or above which the mass reaches top_p. Where rounding leaves the whole
-    # mass short of top_p, nothing is excluded.
-    by_mass = _largest_key(
-        lambda t: jnp.sum(jnp.where(keys >= t[..., None], weights, 0.0), -1) >= top_p,
-        keys.shape[:-1],
-    )
-    by_mass = jnp.where(top_p < 1.0, by_mass, 0)
-    return jnp.where(keys >= by_mass[..., None], kept, -jnp.inf)
+    def nucleus() -> jax.Array:
+        top_p = jnp.where(sampled, sampling.top_p, 1.0)[:, None]
+        # A token stays if the mass strictly above it is less than top_p. Where rounding leaves
+        # the whole mass short of top_p, nothing is excluded.
+        threshold = _threshold(kept, jax.nn.softmax(kept, axis=-1), top_p)
+        return jnp.where((kept >= threshold[..., None]) | (top_p[..., None] >= 1), kept, -jnp.inf)
+
+    return lax.cond(jnp.any(sampled & (sampling.top_p < 1)), nucleus, lambda: kept)
 
 
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 to uint32, keeping the order."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+def _in_top_k(logits: jax.Array, sampling: Sampling, sampled: jax.Array) -> jax.Array:
+    """``[B, W, V]`` bool: tokens that top-k keeps, all of them in rows not sampled."""
+    top_k = jnp.where(sampled, sampling.top_k, logits.shape[-1])
+    threshold = _threshold(logits, jnp.ones_like(logits), top_k.astype(jnp.float32)[:, None])
+    return logits >= threshold[..., None]
 
 
-def _largest_key(holds, shape) -> jax.Array:
-    """The largest uint32 ``t`` for which a condition that fails from some ``t`` on holds."""
+def _threshold(values: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
+    """A threshold that keeps the fewest of the largest values whose weights reach a goal.
 
-    def refine(i, t):
-        candidate = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(holds(candidate), candidate, t)
+    By halving, until at most one value of each row lies between the bounds: a dozen steps for
+    distinct values, the distance of two floats for equal ones.
 
-    return lax.fori_loop(0, 32, refine, jnp.zeros(shape, jnp.uint32))
+    Args:
+      values: ``[B, W, V]`` float32.
+      weights: ``[B, W, V]`` float32, not negative.
+      goal: broadcastable to ``[B, W]``.
+
+    Returns:
+      ``[B, W]`` float32; the smallest finite value where all weights fall short of the goal.
+    """
+    finite = jnp.isfinite(values)
+    low = jnp.min(jnp.where(finite, values, jnp.inf), axis=-1)
+    high = jnp.nextafter(jnp.max(values, axis=-1), jnp.inf)
+    count = jnp.sum(finite, axis=-1)
+
+    def middle(low: jax.Array, high: jax.Array) -> jax.Array:
+        return low + (high - low) / 2
+
+    def unsettled(carry) -> jax.Array:
+        low, high, above_low, above_high = carry
+        between = (middle(low, high) > low) & (middle(low, high) < high)
+        return jnp.any(between & (above_low - above_high > 1))
+
+    def halve(carry):
+        low, high, above_low, above_high = carry
+        here = middle(low, high)
+        above = values >= here[..., None]
+        reached = jnp.sum(jnp.where(above, weights, 0.0), axis=-1) >= goal
+        count = jnp.sum(above, axis=-1)
+        return (
+            jnp.where(reached, here, low),
+            jnp.where(reached, high, here),
+            jnp.where(reached, count, above_low),
+            jnp.where(reached, above_high, count),
+        )
+
+    return lax.while_loop(unsettled, halve, (low, high, count, jnp.zeros_like(count)))[0]
 
 
 def scores(logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling) -> jax.Array:
@@ -231,26 +259,127 @@ def scores(logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Samp
     Returns:
       ``[B, W, V]`` float32.
     """
-    sampled = sampling.temperature > 0
 
     def perturbed() -> jax.Array:
-        own = jnp.take_along_axis(noise, level[:, :, None], axis=1, mode="promise_in_bounds")
-        return warp(logits, sampling) + jnp.where(sampled[:, None, None], own, 0.0)
+        return warp(logits, sampling) + _noise_rows(noise, level, sampling)
 
-    return lax.cond(jnp.any(sampled), perturbed, lambda: logits)
+    return lax.cond(jnp.any(sampling.temperature > 0), perturbed, lambda: logits)
 
 
-def choose(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The chosen token of each row of scores, and by how much it won.
+def _noise_rows(noise: jax.Array, level: jax.Array, sampling: Sampling) -> jax.Array:
+    """``[B, W, V]``: each row's noise, zero for greedy rows."""
+    own = jnp.take_along_axis(noise, level[:, :, None], axis=1, mode="promise_in_bounds")
+    return jnp.where((sampling.temperature > 0)[:, None, None], own, 0.0)
+
+
+# Tokens tried before the warped scores are computed after all.
+_ATTEMPTS = 4
+
+
+def choose(
+    logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """The chosen token of each row of logits, and by how much it won.
+
+    The arg-max of :func:`scores`, without computing them where that can be avoided: the best
+    token under temperature and noise alone is nearly always one that top-k and top-p keep, and
+    whether they keep one token takes a single sum to tell.
 
     Args:
-      scored: ``[B, W, V]`` float32 from :func:`scores`.
+      logits: ``[B, W, V]`` float32.
+      noise: ``[B, Q, V]`` float32 from :func:`gumbel_noise`.
+      level: ``[B, W]`` int32, which of the Q noise vectors belongs to each row of logits.
+      sampling: the options of each row.
 
     Returns:
-      Tokens ``[B, W]`` int32 and margins ``[B, W]`` float32 (best score less the second best).
+      Tokens ``[B, W]`` int32 and margins ``[B, W]`` float32: the best score less the second
+      best, of the tokens that are not known to be excluded.
     """
-    token = jnp.argmax(scored, axis=-1).astype(jnp.int32)
+    sampled = sampling.temperature > 0
+
+    def by_trial() -> tuple[jax.Array, jax.Array]:
+        scaled = logits / jnp.where(sampled, sampling.temperature, 1.0)[:, None, None]
+        keeps = _keeps(scaled, sampling, sampled)
+
+        def attempt(carry):
+            tried, scored, token, _, kept = carry
+            ruled_out = (_token_ids(scored) == token[..., None]) & ~kept[..., None]
+            scored = jnp.where(ruled_out, -jnp.inf, scored)
+            token, margin = best_two(scored)
+            return tried + 1, scored, token, margin, keeps(token)
+
+        def undecided(carry) -> jax.Array:
+            return (carry[0] < _ATTEMPTS) & ~jnp.all(carry[-1])
+
+        scored = scaled + _noise_rows(noise, level, sampling)
+        token = jnp.full(level.shape, -1)
+        start = (0, scored, token, jnp.zeros(level.shape), jnp.zeros(level.shape, bool))
+        _, _, token, margin, kept = lax.while_loop(undecided, attempt, start)
+        return lax.cond(
+            jnp.all(kept),
+            lambda: (token, margin),
+            lambda: best_two(scores(logits, noise, level, sampling)),
+        )
+
+    return lax.cond(jnp.any(sampled), by_trial, lambda: best_two(logits))
+
+
+def _keeps(
+    scaled: jax.Array, sampling: Sampling, sampled: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """A function that tells of one token in each row, ``[B, W]``, whether :func:`warp` keeps it.
+
+    Args:
+      scaled: ``[B, W, V]`` float32, logits over temperature.
+      sampling: the options of each row.
+      sampled: ``[B]`` bool, rows to which they apply.
+    """
+    by_count = sampled & (sampling.top_k < scaled.shape[-1])
+    by_mass = sampled & (sampling.top_p < 1)
+
+    def mass(chosen: jax.Array) -> jax.Array:
+        weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+        return jnp.sum(jnp.where(chosen, weights, 0.0), axis=-1)
+
+    # What top-k leaves is the whole of which top-p takes its share.
+    none = jnp.zeros(scaled.shape[:2])
+    whole = lax.cond(
+        jnp.any(by_mass),
+        lambda: lax.cond(
+            jnp.any(by_mass & by_count),
+            lambda: mass(_in_top_k(scaled, sampling, by_count)),
+            lambda: mass(scaled > -jnp.inf),
+        ),
+        lambda: none,
+    )
+
+    def keeps(token: jax.Array) -> jax.Array:
+        own = jnp.take_along_axis(scaled, token[..., None], axis=-1, mode="promise_in_bounds")
+        above = scaled > own
+        few = jnp.sum(above, axis=-1) < sampling.top_k[:, None]
+        before = lax.cond(jnp.any(by_mass), lambda: mass(above), lambda: none)
+        light = before < sampling.top_p[:, None] * whole
+        return (few | ~by_count[:, None]) & (light | ~by_mass[:, None])
+
+    return keeps
+
+
+def best_two(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The best token of each row, the first of equals, and its lead over the second best.
+
+    Args:
+      scored: ``[B, W, V]`` float32.
+
+    Returns:
+      Tokens ``[B, W]`` int32 and differences ``[B, W]`` float32.
+    """
+    # Three plain reductions: XLA vectorises them on a CPU, an arg-max not.
     best = jnp.max(scored, axis=-1)
-    others = lax.broadcasted_iota(jnp.int32, scored.shape, 2) != token[..., None]
-    second = jnp.max(jnp.where(others, scored, -jnp.inf), axis=-1)
+    tokens = _token_ids(scored)
+    token = jnp.min(jnp.where(scored == best[..., None], tokens, scored.shape[-1] - 1), axis=-1)
+    second = jnp.max(jnp.where(tokens != token[..., None], scored, -jnp.inf), axis=-1)
     return token, best - second
+
+
+def _token_ids(scored: jax.Array) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, scored.shape, scored.ndim - 1)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_jax.errors import SamplingError
-from ssd_jax.sampling import Sampling, choose, gumbel_noise, scores, threefry2x32, warp
+from ssd_jax.sampling import Sampling, best_two, choose, gumbel_noise, scores, threefry2x32, warp
 
 VOCAB = 37
 
@@ -112,7 +112,7 @@ def test_choice_follows_the_warped_distribution():
         count = 20_000
         noise = gumbel_noise(sampling, jnp.arange(count)[None], 8)
         rows = jnp.broadcast_to(jnp.asarray(logits), (1, count, 8))
-        token, _ = choose(scores(rows, noise, jnp.arange(count)[None], sampling))
+        token, _ = choose(rows, noise, jnp.arange(count)[None], sampling)
         seen = np.bincount(np.asarray(token)[0], minlength=8)
         log_weights = reference.warp(logits, temperature, top_k, top_p)
         expected = np.exp(log_weights - log_weights.max())
@@ -124,8 +124,34 @@ def test_choice_follows_the_warped_distribution():
         assert statistic < {7: 29.9, 4: 23.5}.get(live.sum() - 1, 21.2)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.3, 1.0, 3.0]),
+    st.sampled_from([None, 1, 3, 30]),
+    st.sampled_from([None, 0.2, 0.9]),
+    st.booleans(),
+)
+def test_choice_is_the_best_score(seed, temperature, top_k, top_p, tied):
+    """Also where many of the best tokens are excluded, and where logits are equal."""
+    logits = np.random.default_rng(seed).normal(0, 2, (2, 5, VOCAB)).astype(np.float32)
+    logits = jnp.asarray(np.round(logits) if tied else logits)
+    sampling = Sampling.create(
+        2, temperature=[temperature, 1.0], top_k=[top_k, 2], top_p=[top_p, None], seed=seed
+    )
+    level = jnp.asarray([[0, 1, 1, 2, 0]] * 2)
+    noise = gumbel_noise(sampling, jnp.asarray([[4, 5, 6]] * 2), VOCAB)
+    token, margin = jax.jit(choose)(logits, noise, level, sampling)
+    scored = np.asarray(jax.jit(scores)(logits, noise, level, sampling))
+    ranked = np.sort(scored, axis=-1)
+    np.testing.assert_array_equal(token, scored.argmax(-1))
+    # Tokens that were never tried may count as rivals though they are excluded.
+    assert (np.asarray(margin) <= ranked[..., -1] - ranked[..., -2] + 1e-5).all()
+    assert (np.asarray(margin) >= 0).all()
+
+
 def test_margin_is_best_minus_second():
-    token, margin = choose(jnp.asarray([[[1.0, 4.0, 2.5], [0.0, -jnp.inf, -jnp.inf]]]))
+    token, margin = best_two(jnp.asarray([[[1.0, 4.0, 2.5], [0.0, -jnp.inf, -jnp.inf]]]))
     assert token.tolist() == [[1, 0]]
     assert margin.tolist() == [[1.5, np.inf]]
 
