@@ -266,6 +266,7 @@ def describe(measurement: Measurement) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "seconds": finite(stats.seconds),
         "compile_seconds": finite(measurement.warm_up.stats.compile_seconds),
+        "from_cache": measurement.warm_up.stats.from_cache,
         "tokens_per_second": finite(stats.tokens_per_second),
         "rounds": int(stats.rounds),
         "tokens_per_oracle_pass": finite(stats.tokens_per_oracle_pass),
@@ -395,7 +396,8 @@ def _print_summary(result: GenerationResult) -> None:
         f"{stats.new_tokens} tokens ({result.finish_reason}) in {stats.seconds:.2f} s, "
         f"{stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.tokens_per_oracle_pass:.2f} tokens per oracle pass; "
-        f"compiled in {stats.compile_seconds:.1f} s",
+        f"{'read from the cache' if stats.from_cache else 'compiled'} in "
+        f"{stats.compile_seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )
