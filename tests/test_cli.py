@@ -382,6 +382,15 @@ def run_script(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=60)
 
 
+def test_verbose_says_where_the_time_went(engine, capsys):
+    assert cli.main(["--verbose", "--json", "x"]) == 0
+    captured = capsys.readouterr()
+    assert set(json.loads(captured.out)) == JSON_KEYS
+    (line,) = captured.err.splitlines()
+    words = ("first text after", "imports", "models", "program 4.00 (compiled)", "rest")
+    assert all(word in line for word in words)
+
+
 def test_help_needs_no_jax():
     code = """
 import sys
