@@ -11,13 +11,52 @@ Array axes, in every signature and docstring of this package:
   F  end-of-text ids       R  rounds on record             S' slots of the text buffer
 """
 
-from ssd_jax.errors import SsdError as SsdError
-from ssd_jax.generate import GenerationResult as GenerationResult
-from ssd_jax.generate import Stats as Stats
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
-# `import ssd_jax.generate` would bind this name to the module; importing the function last
-# leaves the function there, and `from ssd_jax.generate import generate` works all the same.
-from ssd_jax.generate import generate as generate
-from ssd_jax.plan import Plan as Plan
-from ssd_jax.stack import Stack as Stack
-from ssd_jax.stack import load as load
+if TYPE_CHECKING:
+    from ssd_jax.errors import SsdError as SsdError
+    from ssd_jax.generate import GenerationResult as GenerationResult
+    from ssd_jax.generate import Stats as Stats
+    from ssd_jax.generate import generate as generate
+    from ssd_jax.plan import Plan as Plan
+    from ssd_jax.stack import Stack as Stack
+    from ssd_jax.stack import load as load
+
+_MODULES = {
+    "SsdError": "errors",
+    "GenerationResult": "generate",
+    "Stats": "generate",
+    "generate": "generate",
+    "Plan": "plan",
+    "Stack": "stack",
+    "load": "stack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is: a command line's ``--help`` does without JAX."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
+class _Package(types.ModuleType):
+    """A package in which ``generate`` is the function, whoever imports the module and when."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a submodule in its package once it is imported.
+        if name == "generate" and isinstance(value, types.ModuleType):
+            value = value.generate
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

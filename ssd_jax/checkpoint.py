@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, serialization, traverse_util
@@ -202,7 +203,7 @@ def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GP
         name = _hf_name(keys)
         value = _read_tensor(path, name, tensors[name], param.dtype)
         # A copy, since JAX could otherwise alias memory that belongs to the file.
-        loaded.append((keys, param.replace(jnp.array(value))))
+        loaded.append((keys, param.replace(jax.device_put(np.array(value)))))
     nnx.update(model, nnx.from_flat_state(loaded))
     return model
 

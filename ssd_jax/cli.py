@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ examples:
   decode.py --compare --max-new-tokens 64 "class Stack:"
   decode.py --temperature 0.8 --top-p 0.95 --seed 7 --json - < prompt.py
   decode.py --oracle ./oracle --draft ./draft --ngram ngram.safetensors "import os"
+
+Compiled programs are kept for the next run in the user's cache folder, or below $SSD_JAX_CACHE;
+JAX_ENABLE_COMPILATION_CACHE=0 turns that off.
 """
 
 
@@ -144,6 +148,9 @@ def build_parser() -> Parser:
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument(
+        "--verbose", action="store_true", help="also say where the time to the first text went"
+    )
+    group.add_argument(
         "--svg", metavar="FILE", help="draw the text, coloured by the stage that proposed it"
     )
     return parser
@@ -198,12 +205,30 @@ def shipped_checkpoint() -> Path:
     return path
 
 
-def load_stack(args: argparse.Namespace):
+class Laps:
+    """Seconds since it was made, and since its last call, by name."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+    @property
+    def total(self) -> float:
+        return self.last - self.start
+
+
+def load_stack(args: argparse.Namespace, lap: Callable[[str], None] = lambda name: None):
     """Load what :func:`add_stack_arguments` named: ``(stack, plan or None)``."""
     path = None if args.oracle else args.checkpoint or shipped_checkpoint()
     with _console().status("importing JAX"):
         import ssd_jax
+        import ssd_jax.generate  # the package imports only what is asked for
         from ssd_jax.plan import Plan
+    lap("imports")
     plan = Plan.load(args.plan) if args.plan else None  # before the weights: it is quick to fail
     with _console().status("loading the models"):
         if path is not None:
@@ -216,6 +241,7 @@ def load_stack(args: argparse.Namespace):
                 tokenizer=args.tokenizer,
                 dtype=args.dtype,
             )
+    lap("models")
     return stack, plan
 
 
@@ -266,6 +292,7 @@ def describe(measurement: Measurement) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "seconds": finite(stats.seconds),
         "compile_seconds": finite(measurement.warm_up.stats.compile_seconds),
+        "from_cache": measurement.warm_up.stats.from_cache,
         "tokens_per_second": finite(stats.tokens_per_second),
         "rounds": int(stats.rounds),
         "tokens_per_oracle_pass": finite(stats.tokens_per_oracle_pass),
@@ -320,8 +347,8 @@ def comparison_table(measurements: dict[str, Measurement]):
 class _TextPrinter:
     """Writes prompt and continuation to standard output as the text is committed."""
 
-    def __init__(self, prompt: str | list[int], status):
-        self.prompt, self.status, self.started = prompt, status, False
+    def __init__(self, prompt: str | list[int], status, lap: Callable[[str], None]):
+        self.prompt, self.status, self.lap, self.started = prompt, status, lap, False
 
     def __call__(self, piece: str) -> None:
         self._start()
@@ -340,6 +367,7 @@ class _TextPrinter:
         if self.started:
             return
         self.started = True
+        self.lap("text")
         self.status.stop()  # the spinner would redraw over the text
         if isinstance(self.prompt, str):
             _console(stderr=False).out(self.prompt, style="dim", highlight=False, end="")
@@ -351,12 +379,16 @@ def _console(stderr: bool = True):
     return Console(stderr=stderr)
 
 
-def _first_run(decode, args: argparse.Namespace, prompt: str | list[int]) -> GenerationResult:
+def _first_run(
+    decode, args: argparse.Namespace, prompt: str | list[int], lap: Callable[[str], None]
+) -> GenerationResult:
     """Run ``args.mode`` once, showing the text as it comes unless ``--json`` is set."""
     with _console().status("compiling and decoding") as status:
         if args.json:
-            return decode(args.mode)
-        printer = _TextPrinter(prompt, status)
+            result = decode(args.mode)
+            lap("text")
+            return result
+        printer = _TextPrinter(prompt, status, lap)
         result = decode(args.mode, on_text=printer)
         printer.finish(result)
         return result
@@ -395,15 +427,29 @@ def _print_summary(result: GenerationResult) -> None:
         f"{stats.new_tokens} tokens ({result.finish_reason}) in {stats.seconds:.2f} s, "
         f"{stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.tokens_per_oracle_pass:.2f} tokens per oracle pass; "
-        f"compiled in {stats.compile_seconds:.1f} s",
+        f"{'read from the cache' if stats.from_cache else 'compiled'} in "
+        f"{stats.compile_seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_start(laps: Laps, result: GenerationResult) -> None:
+    stats = result.stats
+    program = "read" if stats.from_cache else "compiled"
+    _console().print(
+        f"first text after {laps.total:.2f} s: imports {laps.seconds['imports']:.2f}, "
+        f"models {laps.seconds['models']:.2f}, program {stats.compile_seconds:.2f} ({program}), "
+        f"rest {laps.seconds['text'] - stats.compile_seconds:.2f}",
         highlight=False,
         soft_wrap=True,
     )
 
 
 def _decode(args: argparse.Namespace) -> None:
+    laps = Laps()
     prompt = read_prompt(args)
-    stack, plan = load_stack(args)
+    stack, plan = load_stack(args, laps)
     import ssd_jax
 
     def decode(mode: str, on_text: Callable[[str], None] | None = None) -> GenerationResult:
@@ -420,7 +466,9 @@ def _decode(args: argparse.Namespace) -> None:
             on_text=on_text,
         )
 
-    first = _first_run(decode, args, prompt)
+    first = _first_run(decode, args, prompt, laps)
+    if args.verbose:
+        _print_start(laps, first)
     if args.svg:
         from ssd_jax import show
 

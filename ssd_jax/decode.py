@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ssd_jax import stages
@@ -73,10 +74,10 @@ class DecodeState:
 
 def init_state(
     models: tuple[Any, ...],
-    text: jax.Array,
-    length: jax.Array,
-    limit: jax.Array,
-    eos: jax.Array,
+    text: np.ndarray,
+    length: np.ndarray,
+    limit: np.ndarray,
+    eos: np.ndarray,
     capacities: Capacities,
 ) -> DecodeState:
     """The state before the first round: the prompt is committed, the caches are empty.
@@ -91,21 +92,24 @@ def init_state(
     """
     batch = text.shape[0]
     buffer = (batch, capacities.buffer)
-    return DecodeState(
-        text=jnp.zeros(buffer, jnp.int32).at[:, : text.shape[1]].set(text),
+    # All but the caches is made on the host: JAX would compile a program for each array.
+    host: Any = dict(
+        text=np.pad(text, ((0, 0), (0, buffer[1] - text.shape[1]))),
         length=length,
         limit=limit,
         eos=eos,
-        finish=jnp.where(length < limit, RUNNING, LIMITED).astype(jnp.int32),
-        caches=tuple(m.init_cache(batch, capacities.slots(i)) for i, m in enumerate(models)),
-        rounds=jnp.int32(0),
-        trace=Trace(
-            origin=jnp.zeros(buffer, jnp.int32),
-            margin=jnp.full(buffer, jnp.inf, jnp.float32),
-            length=jnp.zeros((capacities.text, batch), jnp.int32),
-            passes=jnp.zeros((capacities.text, len(models)), jnp.int32),
-        ),
+        finish=np.where(length < limit, RUNNING, LIMITED).astype(np.int32),
+        rounds=np.int32(0),
     )
+    trace: Any = dict(
+        origin=np.zeros(buffer, np.int32),
+        margin=np.full(buffer, np.inf, np.float32),
+        length=np.zeros((capacities.text, batch), np.int32),
+        passes=np.zeros((capacities.text, len(models)), np.int32),
+    )
+    caches = tuple(m.init_cache(batch, capacities.slots(i)) for i, m in enumerate(models))
+    host, trace = jax.device_put((host, trace))
+    return DecodeState(caches=caches, trace=Trace(**trace), **host)
 
 
 @partial(jax.jit, static_argnames="capacities", donate_argnames="state")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax import decode as engine
+from ssd_jax import program_cache
 from ssd_jax.errors import PlanError, PromptError, SamplingError
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
@@ -37,7 +37,9 @@ class Stats:
       relative_bandwidth: bytes of weights and cache read per token, over those that plain
         decoding reads for the same text (the paper's Table 1).
       seconds: wall time, prompt included, compilation excluded.
-      compile_seconds: wall time of compilation, 0 if the program was at hand.
+      compile_seconds: wall time until there was a program, 0 if it was at hand.
+      from_cache: whether the program was read from the disk instead of compiled, see
+        :mod:`ssd_jax.program_cache`.
       min_margin: the smallest score difference by which any token was chosen.
     """
 
@@ -50,6 +52,7 @@ class Stats:
     relative_bandwidth: float
     seconds: float
     compile_seconds: float
+    from_cache: bool
     min_margin: float
 
     @property
@@ -142,15 +145,15 @@ def generate_batch(
     state = first_state(models, prompts, limits, stack.eos_ids, capacities)
     uses_trigram = plan.ngram is not None and plan.ngram.branch > 0
     tables = stack.tables if uses_trigram else None
-    arguments = (models, tables, state, sampling, Policy.of(plan))
-    run, compile_seconds = _program(arguments, state.limit, capacities)
+    arguments = (models, tables, state, sampling, jax.device_put(Policy.of(plan)))
+    run, *compilation = _program(arguments, state.limit, capacities)
     started = time.perf_counter()
     state = _run(run, arguments, watch)
     state = jax.block_until_ready(state)
     seconds = time.perf_counter() - started
     host = jax.device_get((state.text, state.length, state.finish, state.rounds, state.trace))
     return [
-        _result(stack, models, host, row, len(prompt), context, seconds, compile_seconds)
+        _result(stack, models, host, row, len(prompt), context, seconds, *compilation)
         for row, prompt in enumerate(prompts)
     ]
 
@@ -232,22 +235,16 @@ def first_state(models, prompts, limits, eos_ids, capacities: Capacities) -> eng
         row[: len(prompt)] = prompt
     eos = np.full((len(prompts), max(len(eos_ids), 1)), -1, np.int32)
     eos[:, : len(eos_ids)] = eos_ids
-    lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
-    return engine.init_state(
-        models,
-        jnp.asarray(text),
-        lengths,
-        jnp.asarray(limits, jnp.int32),
-        jnp.asarray(eos),
-        capacities,
-    )
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    return engine.init_state(models, text, lengths, np.array(limits, np.int32), eos, capacities)
 
 
 _programs: dict[Any, Any] = {}
 
 
-def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, float]:
-    """The compiled program for these shapes, and the seconds its compilation took just now.
+def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, float, bool]:
+    """The compiled program for these shapes, the seconds it took to have it just now, and
+    whether it came from the disk.
 
     Compiled ahead of time and kept here, rather than by the first call, so that compilation
     can be timed apart.
@@ -255,19 +252,20 @@ def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, flo
     leaves, structure = jax.tree.flatten((arguments, yield_at))
     key = (capacities, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves))
     if key in _programs:
-        return _programs[key], 0.0
+        return _programs[key], 0.0, False
     started = time.perf_counter()
     lowered = engine.decode.lower(*arguments, yield_at, capacities=capacities)
-    _programs[key] = lowered.compile()
-    return _programs[key], time.perf_counter() - started
+    with program_cache.keeping() as origin:
+        _programs[key] = lowered.compile()
+    return _programs[key], time.perf_counter() - started, origin.kept
 
 
 def _run(run: Callable, arguments, watch) -> engine.DecodeState:
     models, tables, state, sampling, policy = arguments
     if watch is None:
-        return run(models, tables, state, sampling, policy, state.limit + 0)
+        return run(models, tables, state, sampling, policy, np.array(state.limit))
     while True:
-        yield_at = jnp.minimum(state.length + _STREAM_TOKENS, state.limit)
+        yield_at = np.minimum(np.array(state.length) + _STREAM_TOKENS, np.array(state.limit))
         state = run(models, tables, state, sampling, policy, yield_at)
         watch(state)
         if not np.any(np.asarray(state.finish) == engine.RUNNING):
@@ -301,7 +299,7 @@ def _decode_text(stack: Stack, tokens: Sequence[int]) -> str:
     return stack.tokenizer.decode(tokens)
 
 
-def _result(stack, models, host, row, start, context, seconds, compile_seconds) -> GenerationResult:
+def _result(stack, models, host, row, start, context, *timing) -> GenerationResult:
     text, length, finish, rounds, trace = host
     end = int(length[row])
     tokens = text[row, start:end].tolist()
@@ -309,11 +307,13 @@ def _result(stack, models, host, row, start, context, seconds, compile_seconds) 
     reason = "eos" if finish[row] == engine.ENDED else cut
     names = (*stack.stage_names[: len(models)], "ngram")
     origins = [names[i] for i in trace.origin[row, start:end]]
-    stats = _stats(models, names, trace, int(rounds), row, start, end, seconds, compile_seconds)
+    stats = _stats(models, names, trace, int(rounds), row, start, end, *timing)
     return GenerationResult(_decode_text(stack, tokens), tokens, origins, reason, stats)
 
 
-def _stats(models, names, trace, rounds, row, start, end, seconds, compile_seconds) -> Stats:
+def _stats(
+    models, names, trace, rounds, row, start, end, seconds, compile_seconds, from_cache
+) -> Stats:
     lengths = trace.length[:rounds, row]
     # A batch goes on until its last row has finished; this row's own rounds are those that
     # found it longer than the one before did.
@@ -335,5 +335,6 @@ def _stats(models, names, trace, rounds, row, start, end, seconds, compile_secon
         relative_bandwidth=float(read / plain) if end > start else 0.0,
         seconds=seconds,
         compile_seconds=compile_seconds,
+        from_cache=from_cache,
         min_margin=float(np.min(trace.margin[row, start:end], initial=np.inf)),
     )

@@ -14,12 +14,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from ssd_jax.errors import PlanError
+
+if TYPE_CHECKING:
+    import jax
 
 MODES = ("baseline", "speculative", "staged")
 MAX_TRIGRAM_BRANCH = 8  # continuations kept for each trigram context on the device
@@ -291,10 +293,12 @@ class Capacities:
         return self.text + self.depth + 1
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """The traced side of a plan. Values beyond the capacities act as the capacities.
+
+    A pytree for JAX once ``ssd_jax.stages`` is imported: plans are read and command lines parsed
+    without JAX, which takes a second to import.
 
     Attributes:
       width: ``[M]`` int32, of the oracle and each draft.
@@ -325,28 +329,28 @@ class Policy:
         ngram = plan.ngram or NGramPlan(levels=0)
         match = ngram.match if match is None else match
         # Lengths beyond the plan's own last entry count as it does.
-        probs = jnp.asarray(
-            [ngram.match_prob[min(i, len(ngram.match_prob) - 1)] for i in range(match)],
-            jnp.float32,
-        )
+        probs = [ngram.match_prob[min(i, len(ngram.match_prob) - 1)] for i in range(match)]
         drafts = plan.drafts
 
-        def ints(values) -> jax.Array:
-            return jnp.asarray(values, jnp.int32)
+        # Made on the host: JAX would compile a conversion for each.
+        def ints(values) -> Any:
+            return np.array(values, np.int32)
 
-        def logs(values) -> jax.Array:
-            return jnp.log(jnp.asarray(values, jnp.float32))
+        def logs(values) -> Any:
+            with np.errstate(divide="ignore"):
+                return np.log(np.array(values, np.float32))
 
+        taus: Any = np.array([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)], np.float32)
         return cls(
             width=ints([plan.width, *(d.width for d in drafts)]),
             rounds=ints([d.rounds for d in drafts]),
             branch=ints([d.branch for d in drafts]),
             threshold=logs([d.threshold for d in drafts]),
-            tau=jnp.asarray([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)], jnp.float32),
+            tau=taus,
             levels=ints(ngram.levels),
             ngram_width=ints(ngram.width),
             ngram_branch=ints(ngram.branch),
-            match_log_prob=jnp.log(probs),
+            match_log_prob=logs(probs),
             depth=ints(plan.depth),
             floor=logs(plan.floor),
         )

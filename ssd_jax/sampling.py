@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +67,14 @@ class Sampling:
             )
         ]
         temperatures, ks, ps, seeds = zip(*rows, strict=True)
-        return cls(
-            temperature=jnp.asarray(temperatures, jnp.float32),
-            top_k=jnp.asarray(ks, jnp.int32),
-            top_p=jnp.asarray(ps, jnp.float32),
-            seed=jnp.asarray(np.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32)),
+        # Made on the host: JAX would compile a conversion for each.
+        fields: dict[str, Any] = dict(
+            temperature=np.array(temperatures, np.float32),
+            top_k=np.array(ks, np.int32),
+            top_p=np.array(ps, np.float32),
+            seed=np.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
         )
+        return cls(**jax.device_put(fields))
 
 
 def _per_row(value, batch: int, name: str) -> list:

@@ -31,6 +31,8 @@ _EULER = 0.5772157
 # Every index below is in range by construction; the default mode pays for a check.
 _take = partial(jnp.take_along_axis, mode="promise_in_bounds")
 
+jax.tree_util.register_dataclass(Policy)  # here, so that plan.py does without JAX
+
 
 @dataclasses.dataclass(frozen=True)
 class Round:

@@ -1,8 +1,12 @@
 """Settings every test runs under: the CPU unless told otherwise, and strict promotion."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is first imported
+# What tests compile or tune is no business of the user's; other processes they start share it.
+_cache = tempfile.TemporaryDirectory(prefix="ssd_jax-tests-")
+os.environ["SSD_JAX_CACHE"] = _cache.name
 
 import jax  # noqa: E402
 

@@ -32,6 +32,7 @@ JSON_KEYS = {
     "finish_reason",
     "seconds",
     "compile_seconds",
+    "from_cache",
     "tokens_per_second",
     "rounds",
     "tokens_per_oracle_pass",
@@ -56,6 +57,7 @@ def make_result(seconds=2.0, compile_seconds=0.0, tokens=(5, 6, 7)):
             relative_bandwidth=0.75,
             seconds=seconds,
             compile_seconds=compile_seconds,
+            from_cache=False,
             new_tokens=len(tokens),
             tokens_per_second=len(tokens) / seconds,
             min_margin=0.25,
@@ -380,10 +382,30 @@ def run_script(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=60)
 
 
-def test_script_prints_help_with_examples():
-    done = run_script("--help")
+def test_verbose_says_where_the_time_went(engine, capsys):
+    assert cli.main(["--verbose", "--json", "x"]) == 0
+    captured = capsys.readouterr()
+    assert set(json.loads(captured.out)) == JSON_KEYS
+    (line,) = captured.err.splitlines()
+    words = ("first text after", "imports", "models", "program 4.00 (compiled)", "rest")
+    assert all(word in line for word in words)
+
+
+def test_help_needs_no_jax():
+    code = """
+import sys
+from importlib import import_module
+for name in ("cli", "benchmark.command", "training.command"):
+    try:
+        import_module(f"ssd_jax.{name}").main(["--help"])
+    except SystemExit as end:
+        assert end.code == 0
+print(sorted({"jax", "flax", "torch", "transformers", "tokenizers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "examples:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_script_fails_in_one_line(tmp_path):

@@ -6,8 +6,8 @@
 ``ctranslate2``  CTranslate2, a C++ engine, plain; converted with its own converter
 
 Each has settings that its users would try; the fastest on a few prompts is the one measured.
-Torch, transformers and ctranslate2 are imported only when a peer is opened, and nothing is ever
-fetched.
+Torch, transformers and ctranslate2, and JAX too, are imported only when a peer is opened, and
+nothing is ever fetched.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from ssd_jax import checkpoint
 from ssd_jax.errors import DataError
 from ssd_jax.files import first_line
-from ssd_jax.gpt2 import GPT2Config
+
+if TYPE_CHECKING:
+    from ssd_jax.gpt2 import GPT2Config
 
 PEERS = ("hf", "hf-assisted", "hf-lookup", "ctranslate2")
 
@@ -145,6 +144,8 @@ def open_peer(
     """
     if name not in PEERS:
         raise DataError(f"unknown peer {name!r}; choose of {', '.join(PEERS)}")
+    from ssd_jax import checkpoint
+
     config = checkpoint.load_config(Path(oracle))
     source = _Source(Path(oracle), _draft_of(name, draft, config), config, Path(scratch))
     jobs = [_Job(list(p), min(max_new_tokens, config.n_positions - len(p))) for p in calibration]
@@ -176,6 +177,8 @@ class _Source:
 
     @property
     def device(self) -> str:
+        import jax
+
         return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
@@ -183,6 +186,8 @@ def _draft_of(name: str, draft: Path | None, oracle: GPT2Config) -> Path | None:
     """The draft's folder, if the peer uses it and it fits."""
     if name != "hf-assisted":
         return None
+    from ssd_jax import checkpoint
+
     if draft is None:
         raise DataError(f"{name} needs a draft; give a stack that has one, or leave {name} out")
     config = checkpoint.load_config(Path(draft))

@@ -174,13 +174,8 @@ def compile_tables(levels: list[Level], branch: int) -> NGramTables:
     ):
         tokens[rows, :kept] = ranking.tokens[best]
         log_probs[rows, :kept] = np.log(ranking.probabilities[best])
-    return NGramTables(
-        buckets=jnp.asarray(buckets),
-        salt=jnp.asarray(salt),
-        tokens=jnp.asarray(tokens),
-        log_probs=jnp.asarray(log_probs),
-        vocab_size=size,
-    )
+    arrays: Any = dict(buckets=buckets, salt=salt, tokens=tokens, log_probs=log_probs)
+    return NGramTables(**jax.device_put(arrays), vocab_size=size)
 
 
 def _rank(level: Level, lower: Ranking, wanted: np.ndarray) -> Ranking:
