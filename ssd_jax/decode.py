@@ -20,6 +20,7 @@ from ssd_jax import stages
 from ssd_jax import tree as trees
 from ssd_jax.kv_cache import KVCache
 from ssd_jax.ngram import NGramTables
+from ssd_jax.pacing import Pace, after_round, best_width
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.sampling import Sampling, choose, gumbel_noise
 from ssd_jax.stages import Round, Side
@@ -38,12 +39,14 @@ class Trace:
       margin: ``[B, S']`` float32, by how much the oracle's choice of each token won.
       length: ``[R, B]`` int32, committed tokens at the start of each round.
       passes: ``[R, M]`` int32, passes of the oracle and each draft in each round.
+      width: ``[R]`` int32, rows of the oracle's pass in each round.
     """
 
     origin: jax.Array
     margin: jax.Array
     length: jax.Array
     passes: jax.Array
+    width: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +62,7 @@ class DecodeState:
       finish: ``[B]`` int32, ``RUNNING``, ``ENDED`` (by an end-of-text token) or ``LIMITED``.
       caches: the oracle's and each draft's.
       rounds: int32, rounds made so far.
+      pace: what drafting earned of late.
       trace: for the caller.
     """
 
@@ -69,6 +73,7 @@ class DecodeState:
     finish: jax.Array
     caches: tuple[KVCache, ...]
     rounds: jax.Array
+    pace: Pace
     trace: Trace
 
 
@@ -100,12 +105,14 @@ def init_state(
         eos=eos,
         finish=np.where(length < limit, RUNNING, LIMITED).astype(np.int32),
         rounds=np.int32(0),
+        pace=Pace.start(),
     )
     trace: Any = dict(
         origin=np.zeros(buffer, np.int32),
         margin=np.full(buffer, np.inf, np.float32),
         length=np.zeros((capacities.text, batch), np.int32),
         passes=np.zeros((capacities.text, len(models)), np.int32),
+        width=np.zeros((capacities.text,), np.int32),
     )
     caches = tuple(m.init_cache(batch, capacities.slots(i)) for i, m in enumerate(models))
     host, trace = jax.device_put((host, trace))
@@ -179,6 +186,7 @@ def observed_step(
         length=state.length,
         limit=state.limit,
         active=state.finish == RUNNING,
+        drafting=state.pace.drafting,
         eos=state.eos,
         noise=gumbel_noise(sampling, state.length[:, None] + levels, models[0].config.vocab_size),
         sampling=sampling,
@@ -189,7 +197,7 @@ def observed_step(
     tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
     sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
     tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
-    verdict, oracle = _verify(rnd, tree, sides[0])
+    verdict, oracle = _verify(rnd, tree, sides[0], state.pace)
     emitted = _emit(state, tree, verdict)
     return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
 
@@ -225,6 +233,7 @@ class Verdict:
       token: ``[B, D + 1]`` int32, the oracle's choice after each node of the path: these are
         the next tokens of the text, the last one (at index ``accepted``) its own.
       margin: ``[B, D + 1]`` float32, by how much each choice won.
+      rows: int32, width of the oracle's pass.
     """
 
     evaluated: jax.Array
@@ -232,27 +241,72 @@ class Verdict:
     accepted: jax.Array
     token: jax.Array
     margin: jax.Array
+    rows: jax.Array
 
 
-def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
+def _verify(rnd: Round, tree: TokenTree, side: Side, pace: Pace) -> tuple[Verdict, Side]:
     """One oracle pass over the best nodes of the tree."""
     width = rnd.capacities.widths[0]
     eligible = tree.valid & (tree.depth >= 0)
-    nodes, found = trees.best_nodes(trees.values(tree), eligible, width, rnd.policy.width[0])
-    if width == 1:
-        logits, side = _evaluate_root(rnd, tree, side)
+    value = trees.values(tree)
+    nodes, found = trees.best_nodes(value, eligible, width, rnd.policy.width[0])
+    if rnd.capacities.narrower:
+        widths = (*rnd.capacities.narrower, width)
+        chances = jnp.where(found & rnd.active[:, None], jnp.exp(at(value, nodes)), 0.0)
+        gain = jnp.sum(chances, axis=0) / jnp.maximum(jnp.sum(rnd.active), 1)
+        index = best_width(pace, gain, widths, rnd.policy.row_cost)
+        token, margin, side = _decide_any(rnd, tree, side, nodes, found, widths, index)
+        rows = jnp.asarray(widths)[index]
+        found &= jnp.arange(width) < rows
     else:
-        logits, side = stages.evaluate(rnd, 0, side, tree, nodes, found)
-    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
-    token, margin = choose(logits, rnd.noise, level, rnd.sampling)
+        token, margin, side = _decide(rnd, tree, side, nodes, found)
+        rows = jnp.int32(width)
     row, evaluated = trees.row_of(nodes, found, tree.capacity)
     root = rnd.capacities.trunk - 1
     path, accepted = trees.accepted_path(
         tree, evaluated, at(token, row), root, rnd.capacities.depth
     )
     on_path = at(row, path)
-    verdict = Verdict(evaluated, path, accepted, at(token, on_path), at(margin, on_path))
+    verdict = Verdict(evaluated, path, accepted, at(token, on_path), at(margin, on_path), rows)
     return verdict, side
+
+
+def _decide(
+    rnd: Round, tree: TokenTree, side: Side, nodes: jax.Array, found: jax.Array
+) -> tuple[jax.Array, jax.Array, Side]:
+    """The oracle's tokens after some nodes ``[B, W]``, their margins, and its new side."""
+    if rnd.capacities.widths[0] == 1:
+        logits, side = _evaluate_root(rnd, tree, side)
+    else:
+        logits, side = stages.evaluate(rnd, 0, side, tree, nodes, found)
+    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
+    return *choose(logits, rnd.noise, level, rnd.sampling), side
+
+
+def _decide_any(
+    rnd: Round,
+    tree: TokenTree,
+    side: Side,
+    nodes: jax.Array,
+    found: jax.Array,
+    widths: tuple[int, ...],
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array, Side]:
+    """:func:`_decide` for the best ``widths[index]`` nodes; what lies beyond is arbitrary."""
+    token, margin = jnp.zeros(nodes.shape, jnp.int32), jnp.zeros(nodes.shape)
+    carry = (index, token, margin, side)
+    # A chain of loops of at most one turn: lax.switch would copy every cache in every branch.
+    for this, width in enumerate(widths):
+
+        def turn(carry, width=width):
+            _, token, margin, side = carry
+            chosen, lead, side = _decide(rnd, tree, side, nodes[:, :width], found[:, :width])
+            token = lax.dynamic_update_slice(token, chosen, (0, 0))
+            margin = lax.dynamic_update_slice(margin, lead, (0, 0))
+            return jnp.int32(-1), token, margin, side
+
+        carry = lax.while_loop(lambda carry, this=this: carry[0] == this, turn, carry)
+    return carry[1:]
 
 
 def _evaluate_root(rnd: Round, tree: TokenTree, side: Side) -> tuple[jax.Array, Side]:
@@ -325,13 +379,13 @@ def _advance(
     else:
         oracle = stages.commit(rnd, sides[0], path, known, length)
     caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides[1:]))
+    passes = caught_up + jnp.stack([side.passes for side in sides])
     trace = Trace(
         origin=_write(state.trace.origin, emitted.origin, state.length),
         margin=_write(state.trace.margin, verdict.margin, state.length),
         length=state.trace.length.at[state.rounds].set(state.length),
-        passes=state.trace.passes.at[state.rounds].set(
-            caught_up + jnp.stack([side.passes for side in sides])
-        ),
+        passes=state.trace.passes.at[state.rounds].set(passes),
+        width=state.trace.width.at[state.rounds].set(verdict.rows),
     )
     return dataclasses.replace(
         state,
@@ -340,8 +394,20 @@ def _advance(
         finish=emitted.finish,
         caches=caches,
         rounds=state.rounds + 1,
+        pace=_keep_pace(rnd, state.pace, emitted, verdict, passes),
         trace=trace,
     )
+
+
+def _keep_pace(
+    rnd: Round, pace: Pace, emitted: Emitted, verdict: Verdict, passes: jax.Array
+) -> Pace:
+    if len(rnd.models) == 1 and rnd.capacities.ngram is None:
+        return pace  # nothing drafts
+    committed = jnp.sum(emitted.count) / jnp.maximum(jnp.sum(rnd.active), 1)
+    drafted = jnp.sum(passes[1:] * rnd.policy.draft_cost)
+    looked_at = rnd.policy.row_cost * (verdict.rows - 1)
+    return after_round(pace, committed, 1 + looked_at + drafted)
 
 
 def _write(buffer: jax.Array, row: jax.Array, offset: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ class Stats:
       passes: forward passes after the prompt's, by stage name.
       round_tokens: tokens committed in each round.
       round_passes: ``passes`` round by round.
+      round_widths: tokens in the oracle's pass, round by round.
       tokens_per_oracle_pass: ``new_tokens / passes["oracle"]``.
       relative_bandwidth: bytes of weights and cache read per token, over those that plain
         decoding reads for the same text (the paper's Table 1).
@@ -48,6 +49,7 @@ class Stats:
     passes: dict[str, int]
     round_tokens: list[int]
     round_passes: dict[str, list[int]]
+    round_widths: list[int]
     tokens_per_oracle_pass: float
     relative_bandwidth: float
     seconds: float
@@ -205,7 +207,8 @@ def _check_new_tokens(value: Any) -> None:
 def _resolve_plan(stack: Stack, mode: str, plan: Plan | str | os.PathLike | None) -> Plan:
     default = Plan.for_mode(mode, len(stack.drafts), stack.ngram is not None)
     if plan is None:
-        return default
+        staged_on_cpu = mode == "staged" and jax.default_backend() == "cpu"
+        return default.on_cpu() if staged_on_cpu else default
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     if len(plan.drafts) > len(stack.drafts):
@@ -331,6 +334,7 @@ def _stats(
         passes={name: int(n) for name, n in zip(names, passes.sum(axis=0), strict=False)},
         round_tokens=committed[own].tolist(),
         round_passes={name: n.tolist() for name, n in zip(names, passes.T, strict=False)},
+        round_widths=trace.width[:rounds][own].tolist(),
         tokens_per_oracle_pass=(end - start) / max(oracle_passes, 1),
         relative_bandwidth=float(read / plain) if end > start else 0.0,
         seconds=seconds,

@@ -50,16 +50,20 @@ class DraftPlan:
         below the root), 0 to 1.
       tau_greedy, tau_sampled: scores are divided by this before the softmax that values nodes;
         below 1 the draft counts as surer of itself than its probabilities say.
+      cost: of one pass, in units of an oracle pass over one token. Drafting rests while it
+        earns less than plain decoding; at 0 it is thought to be free.
     """
 
     rounds: int = 4
     width: int = 4
     branch: int = 3
     threshold: float = 0.15
-    tau_greedy: float = 1.0
-    tau_sampled: float = 1.0
+    tau_greedy: float = 0.5
+    tau_sampled: float = 0.7
+    cost: float = 0.1
 
     def __post_init__(self):
+        _check(self, "cost", 0.0, 100.0, whole=False)
         _check(self, "rounds", 0, 64)
         _check(self, "width", 1, 128)
         _check(self, "branch", 1, 64)
@@ -87,8 +91,8 @@ class NGramPlan:
     branch: int = 1
     match: int = 6
     match_prob: tuple[float, ...] = (0.15, 0.3, 0.5, 0.65, 0.75, 0.85)
-    tau_greedy: float = 1.0
-    tau_sampled: float = 1.0
+    tau_greedy: float = 0.4
+    tau_sampled: float = 0.6
 
     def __post_init__(self):
         _check(self, "levels", 0, 64)
@@ -118,6 +122,9 @@ class Plan:
       nodes: the tree's capacity below the root.
       floor: children whose path is less probable than this are not added.
       chunk: tokens evaluated at once when a cache catches up with the text (the prompt).
+      narrower: widths below ``width``, ascending, of which the oracle may use one instead where
+        more nodes are not worth their cost. Each is compiled apart.
+      row_cost: of each node beyond the first in an oracle pass, in units of a pass over one.
     """
 
     width: int = 1
@@ -127,6 +134,8 @@ class Plan:
     nodes: int = 0
     floor: float = 1e-3
     chunk: int = 32
+    narrower: tuple[int, ...] = ()
+    row_cost: float = 0.0
 
     def __post_init__(self):
         _check(self, "width", 1, 512)
@@ -134,6 +143,13 @@ class Plan:
         _check(self, "nodes", 0, 1024)
         _check(self, "chunk", 1, 1024)
         _check(self, "floor", 0.0, 1.0, whole=False)
+        _check(self, "row_cost", 0.0, 100.0, whole=False)
+        ladder = (0, *self.narrower, self.width)
+        if any(type(w) is not int for w in ladder) or sorted(set(ladder)) != list(ladder):
+            raise PlanError(
+                f"plan field Plan.narrower must be ascending integers from 1 to below the width "
+                f"({self.width}), not {self.narrower!r}"
+            )
         if (self.drafts or self.ngram) and (self.depth < 1 or self.nodes < 1):
             raise PlanError("a plan with drafts needs depth and nodes of at least 1")
 
@@ -162,6 +178,19 @@ class Plan:
             ngram=NGramPlan(branch=1 if ngram else 0),
             depth=12,
             nodes=64,
+        )
+
+    def on_cpu(self) -> Plan:
+        """This plan where every row of a pass costs: a narrower tree, sooner done with.
+
+        The cost is that of the shipped trio in float32 on two cores (``docs/performance.md``).
+        """
+        return dataclasses.replace(
+            self,
+            width=min(self.width, 12),
+            narrower=(1,) if self.width > 1 else (),
+            row_cost=0.05,
+            drafts=tuple(dataclasses.replace(d, threshold=0.3) for d in self.drafts),
         )
 
     @classmethod
@@ -195,6 +224,8 @@ class Plan:
         drafts = plan.get("drafts", ())
         if not isinstance(drafts, list | tuple):
             raise PlanError(f"{source}: drafts must be a list, not {drafts!r}")
+        if isinstance(plan.get("narrower"), list):
+            plan["narrower"] = tuple(plan["narrower"])
         plan["drafts"] = tuple(DraftPlan(**_fields(DraftPlan, d, source)) for d in drafts)
         if plan.get("ngram") is not None:
             ngram = dict(_fields(NGramPlan, plan["ngram"], source))
@@ -240,6 +271,7 @@ class Capacities:
       depth: D, deepest tree level.
       chunk: tokens a pass when catching up.
       widths: W of the oracle and of each draft.
+      narrower: further widths of the oracle, ascending.
       branches: children per node, for each draft.
       passes: most passes a round, for the oracle (1) and each draft.
       ngram: (width, branch, match) of the n-gram stage, or ``None``.
@@ -251,6 +283,7 @@ class Capacities:
     depth: int
     chunk: int
     widths: tuple[int, ...]
+    narrower: tuple[int, ...]
     branches: tuple[int, ...]
     passes: tuple[int, ...]
     ngram: tuple[int, int, int] | None
@@ -265,13 +298,15 @@ class Capacities:
             passes.append(max(calls * draft.rounds, 1))
             calls *= draft.rounds + 1
         ngram = plan.ngram
+        width = min(plan.width, plan.nodes + 1)
         return cls(
             text=text,
             nodes=trunk + plan.nodes,
             trunk=trunk,
             depth=plan.depth,
             chunk=plan.chunk,
-            widths=(min(plan.width, plan.nodes + 1), *(d.width for d in plan.drafts)),
+            widths=(width, *(d.width for d in plan.drafts)),
+            narrower=tuple(w for w in plan.narrower if w < width),
             branches=tuple(d.branch for d in plan.drafts),
             passes=tuple(passes),
             ngram=None if ngram is None else (ngram.width, ngram.branch, ngram.match),
@@ -309,6 +344,8 @@ class Policy:
       match_log_prob: ``[match]`` float32, by matched length from 1.
       depth: int32.
       floor: float32, natural log.
+      row_cost: float32, of the oracle.
+      draft_cost: ``[M - 1]`` float32, of a pass of each draft.
     """
 
     width: jax.Array
@@ -322,6 +359,8 @@ class Policy:
     match_log_prob: jax.Array
     depth: jax.Array
     floor: jax.Array
+    row_cost: jax.Array
+    draft_cost: jax.Array
 
     @classmethod
     def of(cls, plan: Plan, match: int | None = None) -> Policy:
@@ -336,21 +375,25 @@ class Policy:
         def ints(values) -> Any:
             return np.array(values, np.int32)
 
+        def floats(values) -> Any:
+            return np.array(values, np.float32)
+
         def logs(values) -> Any:
             with np.errstate(divide="ignore"):
-                return np.log(np.array(values, np.float32))
+                return np.log(floats(values))
 
-        taus: Any = np.array([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)], np.float32)
         return cls(
             width=ints([plan.width, *(d.width for d in drafts)]),
             rounds=ints([d.rounds for d in drafts]),
             branch=ints([d.branch for d in drafts]),
             threshold=logs([d.threshold for d in drafts]),
-            tau=taus,
+            tau=floats([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)]),
             levels=ints(ngram.levels),
             ngram_width=ints(ngram.width),
             ngram_branch=ints(ngram.branch),
             match_log_prob=logs(probs),
             depth=ints(plan.depth),
             floor=logs(plan.floor),
+            row_cost=floats(plan.row_cost),
+            draft_cost=floats([d.cost for d in drafts]),
         )

@@ -45,6 +45,7 @@ class Round:
       length: ``[B]`` int32, how many.
       limit: ``[B]`` int32, the length at which a row ends.
       active: ``[B]`` bool.
+      drafting: bool, whether anything is proposed in this round.
       eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
       noise: ``[B, D + 1, V]`` float32; entry d decides the children of nodes of depth d.
     """
@@ -55,6 +56,7 @@ class Round:
     length: jax.Array
     limit: jax.Array
     active: jax.Array
+    drafting: jax.Array
     eos: jax.Array
     noise: jax.Array
     sampling: Sampling
@@ -220,7 +222,7 @@ def grow(
     def worthwhile(carry) -> jax.Array:
         done, tree, sides = carry
         best = jnp.where(_open(rnd, stage, tree, sides[draft]), trees.values(tree), -jnp.inf)
-        room = sides[draft].passes < rnd.capacities.passes[stage]
+        room = rnd.drafting & (sides[draft].passes < rnd.capacities.passes[stage])
         # An empty tree's best is minus infinity, which is no pass even at threshold 0.
         worth = jnp.any((best >= threshold) & (best > -jnp.inf))
         return (done < rnd.policy.rounds[draft]) & room & worth
@@ -304,7 +306,7 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
         tree = _add_children(rnd, tree, nodes, token, log_prob, stage)
         return trees.mark_expanded(tree, nodes, found, stage)
 
-    return lax.fori_loop(0, rnd.policy.levels, level, tree)
+    return lax.fori_loop(0, jnp.where(rnd.drafting, rnd.policy.levels, 0), level, tree)
 
 
 def _recent_tokens(rnd: Round, tree: TokenTree, nodes: jax.Array, count: int) -> jax.Array:
