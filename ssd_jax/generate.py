@@ -124,6 +124,7 @@ def generate_batch(
     sampling: Sampling,
     plan: Plan,
     watch: Callable[[engine.DecodeState], None] | None = None,
+    capacity: int | None = None,
 ) -> list[GenerationResult]:
     """Continue several token prompts of any lengths in one compiled loop.
 
@@ -134,11 +135,12 @@ def generate_batch(
       sampling: one entry a row.
       plan: how much is drafted.
       watch: called with the state every few tokens.
+      capacity: text that the buffers hold; by default just enough for these prompts.
     """
     models = (stack.oracle, *stack.drafts[: len(plan.drafts)])
     context = stack.oracle.config.n_positions
     limits = [min(len(p) + max_new_tokens, context) for p in prompts]
-    capacities = Capacities.of(plan, bucket(max(limits)))
+    capacities = Capacities.of(plan, capacity or bucket(max(limits)))
     state = first_state(models, prompts, limits, stack.eos_ids, capacities)
     uses_trigram = plan.ngram is not None and plan.ngram.branch > 0
     tables = stack.tables if uses_trigram else None
