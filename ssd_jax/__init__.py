@@ -21,3 +21,4 @@ from ssd_jax.generate import generate as generate
 from ssd_jax.plan import Plan as Plan
 from ssd_jax.stack import Stack as Stack
 from ssd_jax.stack import load as load
+from ssd_jax.tuning.tuner import tune as tune

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax import decode as engine
-from ssd_jax.errors import PlanError, PromptError, SamplingError
-from ssd_jax.plan import Capacities, Plan, Policy
+from ssd_jax import tuned
+from ssd_jax.errors import PromptError, SamplingError
+from ssd_jax.plan import DEFAULT, Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack, cache_bytes_per_token, weight_bytes
 
@@ -100,7 +101,8 @@ def generate(
       top_k: sample among the k most probable tokens; ``None`` or 0 for all.
       top_p: sample among the most probable tokens that make up this mass; ``None`` for all.
       seed: of the sampling noise. One seed gives one text, whatever the mode.
-      plan: overrides the mode's default plan; a :class:`~ssd_jax.plan.Plan` or a JSON file.
+      plan: a :class:`~ssd_jax.plan.Plan`, a JSON file, or ``"default"`` for the mode's own. Left
+        out, mode ``staged`` follows what :func:`ssd_jax.tune` found for this device and stack.
       on_text: called with each new piece of text as it is committed.
 
     Raises:
@@ -112,7 +114,7 @@ def generate(
     tokens = encode_prompt(stack, prompt)
     _check_new_tokens(max_new_tokens)
     sampling = Sampling.create(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    plan = _resolve_plan(stack, mode, plan)
+    plan, _ = resolve_plan(stack, mode, plan, sampled=temperature > 0)
     watch = _Watcher(stack, len(tokens), on_text) if on_text else None
     return generate_batch(stack, [tokens], max_new_tokens, sampling, plan, watch)[0]
 
@@ -201,22 +203,34 @@ def _check_new_tokens(value: Any) -> None:
         raise SamplingError(f"max_new_tokens must be a positive integer, not {value!r}")
 
 
-def _resolve_plan(stack: Stack, mode: str, plan: Plan | str | os.PathLike | None) -> Plan:
+def resolve_plan(
+    stack: Stack, mode: str, plan: Plan | str | os.PathLike | None, *, sampled: bool
+) -> tuple[Plan, str]:
+    """The plan that ``generate`` follows, and in words where it comes from.
+
+    Args:
+      stack: the stack.
+      mode: of :data:`~ssd_jax.plan.MODES`.
+      plan: a plan, a file, ``"default"``, or ``None`` for the tuned plan, if there is one.
+      sampled: whether the temperature is above 0.
+
+    Raises:
+      PlanError: see :func:`generate`.
+    """
     default = Plan.for_mode(mode, len(stack.drafts), stack.ngram is not None)
-    if plan is None:
-        return default
+    if plan is None and mode == "staged":
+        found = tuned.load(stack)
+        plan = found.plans.get(tuned.KINDS[sampled]) if found else None
+        if plan is not None:
+            return plan, f"tuned for this device ({tuned.path_for(stack)})"
+    if plan is None or plan == DEFAULT:
+        return default, "default"
+    source = "given"
     if not isinstance(plan, Plan):
+        source = os.fspath(plan)
         plan = Plan.load(plan)
-    if len(plan.drafts) > len(stack.drafts):
-        raise PlanError(
-            f"the plan uses {len(plan.drafts)} drafts but the stack has {len(stack.drafts)}; "
-            "load more drafts or take entries out of the plan"
-        )
-    if plan.ngram is not None and plan.ngram.branch and stack.ngram is None:
-        raise PlanError(
-            "the plan uses the trigram but the stack has none; load ngram=, or set branch to 0"
-        )
-    return plan
+    plan.check_stack(len(stack.drafts), stack.ngram is not None)
+    return plan, source
 
 
 def bucket(length: int) -> int:

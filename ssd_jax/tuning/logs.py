@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -85,7 +85,8 @@ def log_text(
     *,
     capacity: int,
     plan: Plan | None = None,
-) -> Iterator[TextLog]:
+    on_share: Callable[[float], None] = lambda share: None,
+) -> TextLog:
     """Log a text, position by position.
 
     The tree below each token is grown by all stages under a generous plan; then every draft
@@ -99,9 +100,7 @@ def log_text(
       sampling: one row, as the text was written.
       capacity: text that the buffers hold, at least ``limit``; a new one compiles anew.
       plan: what grows the trees, by default :func:`generous`.
-
-    Yields:
-      The log so far after every position, the same object each time.
+      on_share: told after every position, which share of them is over.
     """
     plan = plan or generous(len(stack.drafts), stack.ngram is not None)
     capacities = Capacities.of(plan, capacity)
@@ -125,7 +124,8 @@ def log_text(
     for length in range(start, len(tokens)):
         found = _below(*arguments, state, jnp.full((1,), length, jnp.int32), capacities)
         _record(log, length, *jax.device_get(found))
-        yield log
+        on_share((length + 1 - start) / (len(tokens) - start))
+    return log
 
 
 def _noise(sampling: Sampling, start: int, end: int, vocab: int) -> np.ndarray:

@@ -242,9 +242,7 @@ class _Growth:
             for node in nodes:
                 recent = self._recent(node, max(ngram.match, 2))
                 position = self.length + self.depth[node]
-                for token, log_prob in self.ngram.propose(
-                    self.plan, self.length, position, recent
-                ):
+                for token, log_prob in self.ngram.propose(self.plan, self.length, position, recent):
                     self._insert(node, token, log_prob)
             for node in nodes:
                 self.expanded[node] = stage
@@ -340,9 +338,7 @@ class _NGram:
         self.matches[length, recent] = found
         return found
 
-    def _katz(
-        self, plan: Plan, position: int, recent: tuple[int, ...]
-    ) -> list[tuple[int, float]]:
+    def _katz(self, plan: Plan, position: int, recent: tuple[int, ...]) -> list[tuple[int, float]]:
         assert plan.ngram is not None and self.log.tables is not None
         pair = (recent[1] if len(recent) > 1 else -1, recent[0])
         if pair not in self.rows:
@@ -355,7 +351,10 @@ class _NGram:
             noise = self.log.noise[position - self.log.start]
             tau = plan.ngram.tau_sampled
             scores = [
-                *(lp / temperature + float(noise[t]) for t, lp in zip(tokens, log_probs, strict=True)),
+                *(
+                    lp / temperature + float(noise[t])
+                    for t, lp in zip(tokens, log_probs, strict=True)
+                ),
                 rest / temperature + EULER,
             ]
         scores = [score / tau for score in scores]
