@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+from jaxlib.version import __version__ as jaxlib_version
 
 from ssd_jax.costs import PassCosts
 from ssd_jax.device import cores, device_name
@@ -54,7 +54,7 @@ def conditions(stack: Stack) -> dict[str, Any]:
         "platform": jax.default_backend(),
         "cores": cores(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib_version,
         "dtype": str(stack.oracle.dtype),
         "stack": stack.digest,
     }

@@ -1,8 +1,11 @@
 """Settings every test runs under: the CPU unless told otherwise, and strict promotion."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is first imported
+# Plans that a developer has tuned are none of the tests' business.
+os.environ["SSD_JAX_CACHE"] = tempfile.mkdtemp(prefix="ssd-jax-tests-")
 
 import jax  # noqa: E402
 

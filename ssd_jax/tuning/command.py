@@ -14,7 +14,7 @@ from ssd_jax import cli
 from ssd_jax.benchmark.prompts import HELDOUT, HUMANEVAL, load_prompts
 from ssd_jax.files import atomic_path, write_json
 from ssd_jax.tuned import KINDS, conditions
-from ssd_jax.tuning.cost import OVERHEADS
+from ssd_jax.tuning.cost import TERMS
 from ssd_jax.tuning.tuner import Progress, Tuning, tune
 
 if TYPE_CHECKING:
@@ -203,8 +203,8 @@ def as_json(found: Tuning, stack: Stack) -> dict[str, Any]:
             "slots": found.tuned.costs.slots,
             "seconds": {name: dict(own) for name, own in found.tuned.costs.seconds.items()},
         },
-        "overheads": {
-            kind: dict(zip(OVERHEADS, own, strict=False)) for kind, own in found.overheads.items()
+        "factors": {
+            kind: dict(zip(TERMS, own, strict=False)) for kind, own in found.factors.items()
         },
         "searched": found.searched,
         "plans": {

@@ -1,4 +1,4 @@
-"""How long a plan takes: passes as measured alone, and what lies between them fitted from runs."""
+"""How long a plan takes: passes measured alone, and what lies between them, fitted to runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from ssd_jax.tuning.replay import Walk
 ORACLE_WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48)
 DRAFT_WIDTHS = (1, 2, 4, 8, 16, 32)
 
-# What the time outside the passes is proportional to.
-OVERHEADS = (
+# What the time is made up of. The seconds of passes alone count too: between other work, with
+# cold caches, a pass takes longer than in a row of its like.
+TERMS = (
+    "pass alone",
     "round",  # planting, verifying, committing
     "draft pass",  # selecting, inserting
     "extension",  # a level of the n-gram stage
@@ -54,20 +56,30 @@ class CostModel:
 
     Attributes:
       passes: measured alone.
-      overheads: seconds for each unit of :data:`OVERHEADS`.
+      factors: seconds for each unit of :data:`TERMS`.
     """
 
     passes: PassCosts
-    overheads: tuple[float, ...]
+    factors: tuple[float, ...]
 
     def seconds(self, plan: Plan, walk: Walk, log: TextLog) -> float:
         """Of one text, its prompt included."""
-        outside = float(np.dot(self.overheads, amounts(plan, walk)))
-        return pass_total(self.passes, plan, walk, log) + outside
+        return float(np.dot(self.factors, amounts(self.passes, plan, walk, log)))
 
 
-def pass_total(costs: PassCosts, plan: Plan, walk: Walk, log: TextLog) -> float:
-    """Seconds that the passes of a walk take alone."""
+def amounts(costs: PassCosts, plan: Plan, walk: Walk, log: TextLog) -> tuple[float, ...]:
+    """How much of each of :data:`TERMS` a walk has."""
+    capacities = Capacities.of(plan, 1)
+    drafting = sum(walk.passes)
+    steps = walk.rounds + drafting + walk.extensions
+    made = (walk.rounds, *walk.passes)
+    rows = sum(count * width for count, width in zip(made, capacities.widths, strict=True))
+    alone = _passes_alone(costs, plan, walk, log)
+    return (alone, walk.rounds, drafting, walk.extensions, rows, steps * capacities.nodes**2)
+
+
+def _passes_alone(costs: PassCosts, plan: Plan, walk: Walk, log: TextLog) -> float:
+    """Seconds that the passes of a walk take alone, those over the prompt among them."""
     names = list(costs.seconds)[: len(plan.drafts) + 1]
     widths = Capacities.of(plan, 1).widths
     prefill = math.ceil((log.start - 1) / plan.chunk)
@@ -79,36 +91,25 @@ def pass_total(costs: PassCosts, plan: Plan, walk: Walk, log: TextLog) -> float:
     )
 
 
-def amounts(plan: Plan, walk: Walk) -> tuple[float, ...]:
-    """How much of each of :data:`OVERHEADS` a walk has."""
-    capacities = Capacities.of(plan, 1)
-    drafting = sum(walk.passes)
-    steps = walk.rounds + drafting + walk.extensions
-    made = (walk.rounds, *walk.passes)
-    rows = sum(n * width for n, width in zip(made, capacities.widths, strict=True))
-    return (walk.rounds, drafting, walk.extensions, rows, steps * capacities.nodes**2)
-
-
 def fit(samples: Sequence[tuple[Sequence[float], float]]) -> tuple[float, ...]:
-    """The overheads that explain some runs best.
+    """The factors that explain some runs best.
 
-    Least squares of relative errors, no overhead below zero: all subsets of the few unknowns are
+    Least squares of relative errors, no factor below zero: all subsets of the few unknowns are
     solved, and the best solution without a negative one is the constrained optimum.
 
     Args:
-      samples: of each run, its :func:`amounts`, and the seconds that its passes leave over.
+      samples: of each run its :func:`amounts`, and its seconds.
     """
-    features = np.array([own for own, _ in samples], float)
-    left = np.array([seconds for _, seconds in samples], float)
-    weight = 1.0 / np.maximum(np.abs(left), 1e-9)
-    scale = np.maximum(features.max(axis=0), 1e-9)  # cells are many, rounds few
-    features, target = features / scale * weight[:, None], left * weight
-    best, best_error = np.zeros(features.shape[1]), float(np.sum(target**2))
+    seconds = np.array([own for _, own in samples], float)
+    features = np.array([own for own, _ in samples], float) / seconds[:, None]
+    scale = np.maximum(features.max(axis=0), 1e-30)  # cells are many, rounds few
+    features /= scale
+    best, best_error = np.zeros(features.shape[1]), math.inf
     for size in range(1, features.shape[1] + 1):
         for chosen in itertools.combinations(range(features.shape[1]), size):
             columns = list(chosen)
-            found = np.linalg.lstsq(features[:, columns], target, rcond=None)[0]
-            error = float(np.sum((features[:, columns] @ found - target) ** 2))
+            found = np.linalg.lstsq(features[:, columns], np.ones(len(seconds)), rcond=None)[0]
+            error = float(np.sum((features[:, columns] @ found - 1) ** 2))
             if found.min() >= 0 and error < best_error - 1e-12:
                 best, best_error = np.zeros(features.shape[1]), error
                 best[columns] = found

@@ -323,10 +323,11 @@ class _NGram:
 
     def _look_up(self, length: int, recent: tuple[int, ...]) -> tuple[int, int]:
         """What followed the longest, latest earlier occurrence, and how long it is."""
-        if (known := self.matches.get((length, recent))) is not None:
-            return known
+        if (length, recent) in self.matches:
+            return self.matches[length, recent]
         tokens, best, best_end = self.log.tokens, 0, -1
-        for end in self.ends.get(recent[0], ()):
+        newest = recent[0]
+        for end in self.ends.get(newest, ()):
             if end >= length - 1:
                 break
             matched = 1
@@ -343,7 +344,8 @@ class _NGram:
         pair = (recent[1] if len(recent) > 1 else -1, recent[0])
         if pair not in self.rows:
             self.rows[pair] = _look_up_pair(self.log.tables, *pair)
-        tokens, log_probs = (row[: plan.ngram.branch] for row in self.rows[pair])
+        tokens, log_probs = self.rows[pair]
+        tokens, log_probs = tokens[: plan.ngram.branch], log_probs[: plan.ngram.branch]
         rest = math.log(max(1.0 - sum(map(math.exp, log_probs)), 1e-6))
         temperature, tau = self.log.temperature, plan.ngram.tau_greedy
         scores = [*log_probs, rest]

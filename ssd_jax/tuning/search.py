@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import itertools
 import random
 import time
@@ -115,6 +117,21 @@ class Space:
             yield replace(plan, ngram=None)
 
 
+def _climb(options: list[Plan], width: int, predict: Callable[[Plan], float]) -> tuple[float, Plan]:
+    """Seconds and plan at the foot of the slope that ``width`` lies on: with wider passes tokens
+    grow ever more slowly and costs do not, so that there is one valley."""
+    seconds = functools.cache(lambda place: predict(options[place]))
+    place = min(range(len(options)), key=lambda place: abs(options[place].width - width))
+    for step in (-1, 1):
+        while 0 <= place + step < len(options) and seconds(place + step) < seconds(place):
+            place += step
+    return seconds(place), options[place]
+
+
+def _seconds(pair: tuple[float, Plan]) -> float:
+    return pair[0]
+
+
 def _beside(grid: Sequence, value) -> list:
     """The two next values of a grid on either side."""
     below = [v for v in grid if v < value][-2:]
@@ -133,33 +150,32 @@ def search(
       seed: of the order in which neighbours are tried.
 
     Yields:
-      The share of the time that is over, and the best plan of every growth tried so far (all but
-      the oracle's width), best first.
+      The share of the time that is over, and for every growth (a plan but for the oracle's width)
+      tried so far its best width and the seconds, best first: one list, which grows.
     """
     chance, started = random.Random(seed), time.monotonic()
     tried: dict[Plan, tuple[float, Plan]] = {}
+    ranking: list[tuple[float, Plan]] = []
 
-    def ranked() -> tuple[float, list[tuple[float, Plan]]]:
-        over = min((time.monotonic() - started) / max(seconds, 1e-9), 1.0)
-        return over, sorted(tried.values(), key=lambda pair: pair[0])
+    def over() -> float:
+        return min((time.monotonic() - started) / max(seconds, 1e-9), 1.0)
 
     def evaluate(plan: Plan) -> tuple[float, Plan]:
         growth = replace(plan, width=1)
         if growth not in tried:
-            of_widths = [(predict(other), other) for other in space.widths(plan)]
-            tried[growth] = min(of_widths, key=lambda pair: pair[0])
+            tried[growth] = _climb(space.widths(plan), plan.width, predict)
+            bisect.insort(ranking, tried[growth], key=_seconds)
         return tried[growth]
 
     starts = space.starts()
     for plan in starts:
         evaluate(plan)
-        yield ranked()
+        yield over(), ranking
     for turn in itertools.count():
         if turn < len(starts):
             current = evaluate(starts[turn])
         else:
-            best = ranked()[1]
-            current = best[chance.randrange(min(len(best), 8))]
+            current = ranking[chance.randrange(min(len(ranking), 8))]
             for _ in range(3):
                 current = evaluate(chance.choice(space.neighbours(current[1])))
         better = current
@@ -168,10 +184,10 @@ def search(
             others = space.neighbours(current[1])
             chance.shuffle(others)
             for other in others:
-                if time.monotonic() - started > seconds:
+                if over() >= 1:
                     return
                 found = evaluate(other)
-                yield ranked()
+                yield over(), ranking
                 if found[0] < current[0]:
                     better = found
                     break

@@ -58,7 +58,7 @@ class Tuning:
     Attributes:
       tuned: the plans, and the costs of passes.
       rows: by kind of decoding, the plans that were compared.
-      overheads: by kind, seconds for each unit of :data:`ssd_jax.tuning.cost.OVERHEADS`.
+      factors: by kind, seconds for each unit of :data:`ssd_jax.tuning.cost.TERMS`.
       searched: by kind, how many plans were replayed, not counting the oracle's widths.
       path: the file that keeps them; ``None`` if they were not to be saved, or nothing was found.
       interrupted: whether Ctrl-C ended it early.
@@ -66,7 +66,7 @@ class Tuning:
 
     tuned: tuned.Tuned
     rows: dict[str, list[Row]]
-    overheads: dict[str, tuple[float, ...]]
+    factors: dict[str, tuple[float, ...]]
     searched: dict[str, int]
     path: Path | None
     interrupted: bool
@@ -150,7 +150,7 @@ def _added(found: Tuning, stack: Stack, job: _Job, save: bool) -> Tuning:
         found,
         tuned=kept,
         rows={**found.rows, job.kind: rows},
-        overheads={**found.overheads, job.kind: job.model.overheads if job.model else ()},
+        factors={**found.factors, job.kind: job.model.factors if job.model else ()},
         searched={**found.searched, job.kind: len(job.ranking)},
         path=tuned.save(stack, kept) if save else None,
     )
@@ -215,7 +215,7 @@ class _Job:
         self.say: Progress = lambda what, share: say(f"{kind}: {what}", share)
         default = Plan.staged(space.drafts, space.trigram)
         self.plans = {"baseline": Plan.baseline(), "default": default}
-        # Plans unlike the default, so that the overheads can be told apart.
+        # Plans unlike the default, so that the terms can be told apart.
         self.plans["narrow"] = space.narrow()
         if space.drafts:
             self.plans["chain"] = Plan.speculative(4)
@@ -227,7 +227,7 @@ class _Job:
         self.interrupted = False
 
     def calibrate(self, repeats: int) -> None:
-        """Log the texts, run a few plans, fit the overheads."""
+        """Log the texts, run a few plans, fit the costs."""
         logs = []
         count = len(self.bench.prompts)
         for index, prompt in enumerate(self.bench.prompts):
@@ -250,8 +250,7 @@ class _Job:
         for name in self.plans.keys() - {"baseline"}:  # whose rounds are another, shorter program
             plan, runs = self.plans[name], self.measured[name].seconds
             for log, walk, seconds in zip(logs, self.replay.walks(plan), runs, strict=True):
-                left = seconds - cost.pass_total(self.costs, plan, walk, log)
-                samples.append((cost.amounts(plan, walk), max(left, 0.0)))
+                samples.append((cost.amounts(self.costs, plan, walk, log), seconds))
         self.model = CostModel(self.costs, cost.fit(samples))
         if self.interrupted:
             raise KeyboardInterrupt
