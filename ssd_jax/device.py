@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 
 
+@functools.cache
 def device_name() -> str:
     """The processor's name, where the system tells, or the accelerator's kind."""
     device = jax.devices()[0]

@@ -85,7 +85,7 @@ class Stack:
     @functools.cached_property
     def digest(self) -> str:
         """Tells stacks apart: configurations, shapes and types of all weights, and the values of
-        those that are quickly read (biases, norms, one embedding), which any training moves."""
+        those that are quickly read (biases, norms, positions), which any training moves."""
         parts = hashlib.sha256()
         for model in (self.oracle, *self.drafts):
             parts.update(repr((model.config, str(model.dtype))).encode())
@@ -93,7 +93,7 @@ class Stack:
                 parts.update(repr((leaf.shape, str(leaf.dtype))).encode())
                 if leaf.ndim == 1:
                     parts.update(np.asarray(leaf).tobytes())
-            parts.update(np.asarray(model.wte[...][0]).tobytes())
+            parts.update(np.asarray(model.wpe[...]).tobytes())
         parts.update(repr(None if self.ngram is None else self.ngram.sizes).encode())
         return parts.hexdigest()
 

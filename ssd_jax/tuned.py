@@ -96,6 +96,8 @@ def save(stack: Stack, tuned: Tuned) -> Path:
 
 def load(stack: Stack) -> Tuned | None:
     """The plans for this device and stack, or ``None`` where there are none or they are no good."""
+    if not user_cache("plans").is_dir():  # spares the untuned a look at the stack's weights
+        return None
     path = path_for(stack)
     if not path.is_file():
         return None

@@ -303,6 +303,8 @@ def test_tuning_refuses_what_makes_no_sense():
         ssd_jax.tune(stack, [])
     with pytest.raises(SamplingError, match="at least 1"):
         ssd_jax.tune(stack, PROMPTS, repeats=0)
+    with pytest.raises(SamplingError, match="temperature above 0"):
+        ssd_jax.tune(stack, PROMPTS, sampling={"temperature": 0.0})
     with pytest.raises(SamplingError, match="max_width"):
         ssd_jax.tune(stack, PROMPTS, max_width=1)
 

@@ -150,6 +150,8 @@ def _print(found: Tuning) -> None:
     console = Console()
     for kind, rows in found.rows.items():
         console.print(table(kind, rows))
+        for row in rows:
+            console.print(f"{row.name}: {describe(row.plan)}", highlight=False, soft_wrap=True)
         console.print(f"{found.searched[kind]} trees replayed", highlight=False)
     if not found.rows:
         console.print("interrupted before anything was found; no plan was kept")
@@ -167,9 +169,8 @@ def table(kind: str, rows: Sequence[Row]) -> Table:
     headings = ("speed-up", "predicted", "tokens/pass", "predicted", "coverage")
     for heading in headings:
         made.add_column(heading, justify="right")
-    made.add_column("", overflow="fold")
     for row in rows:
-        made.add_row(f"{row.name}{' *' * row.kept}", *_cells(row), describe(row.plan))
+        made.add_row(f"{row.name}{' *' * row.kept}", *_cells(row))
     return made
 
 

@@ -365,9 +365,9 @@ class _NGram:
         return [(t, score - total) for t, score in zip(tokens, scores, strict=False)]
 
 
-_look_up = jax.jit(NGramTables.look_up)
+_rows_of = jax.jit(NGramTables.look_up)
 
 
 def _look_up_pair(tables: NGramTables, a: int, b: int) -> tuple[list[int], list[float]]:
-    tokens, log_probs = jax.device_get(_look_up(tables, np.int32(a), np.int32(b)))
+    tokens, log_probs = jax.device_get(_rows_of(tables, np.int32(a), np.int32(b)))
     return tokens.tolist(), log_probs.tolist()

@@ -109,16 +109,21 @@ def tune(
     Raises:
       PromptError: no prompt, or one that does not fit the context.
       SamplingError: an option out of range.
+      OSError: the cache folder cannot be written.
     """
     if min(repeats, confirm, max_new_tokens) < 1:
         raise SamplingError("repeats, confirm and max_new_tokens must be at least 1")
     if max_width < 2:
         raise SamplingError(f"max_width must be at least 2, not {max_width}: 1 is plain decoding")
+    options = {"greedy": {}, "sampled": SAMPLED if sampling is None else sampling}
+    if not set(kinds) <= set(options) or not options["sampled"].get("temperature"):
+        raise SamplingError("kinds are greedy and sampled; sampled needs a temperature above 0")
     bench = _Bench.of(stack, prompts, max_new_tokens, seed)
+    if save:  # fails now rather than after minutes
+        tuned.path_for(stack).parent.mkdir(parents=True, exist_ok=True)
     say = on_progress or (lambda what, share: None)
     say("passes of each stage", 0.0)
     costs = cost.measure_passes(stack, bench.typical_length)
-    options = {"greedy": {}, "sampled": SAMPLED if sampling is None else sampling}
     space = Space(len(stack.drafts), stack.ngram is not None, max_width)
     found = Tuning(tuned.Tuned({}, {}, costs), {}, {}, {}, None, False)
     for kind in kinds:
@@ -222,6 +227,7 @@ class _Job:
         self.replay = Replay([])
         self.model: CostModel | None = None
         self.measured: dict[str, _Measured] = {}
+        self.plain: list[float] = []  # seconds of each prompt in the runs that costs are fitted to
         self.latest: list[str] = []  # names of what was measured last, in the same turns
         self.ranking: list[tuple[float, Plan]] = []
         self.interrupted = False
@@ -239,9 +245,7 @@ class _Job:
                 self.bench.limit(index),
                 self.bench.sampling(index, self.options),
                 capacity=self.bench.capacity,
-                on_share=lambda share, done=index: self.say(
-                    "logging trees", (done + share) / count
-                ),
+                on_share=lambda share, done=index: self.say("logging", (done + share) / count),
             )
             logs.append(log)
         self.replay = Replay(logs)
@@ -252,6 +256,7 @@ class _Job:
             for log, walk, seconds in zip(logs, self.replay.walks(plan), runs, strict=True):
                 samples.append((cost.amounts(self.costs, plan, walk, log), seconds))
         self.model = CostModel(self.costs, cost.fit(samples))
+        self.plain = self.measured["baseline"].seconds
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -299,11 +304,10 @@ class _Job:
     def _relatives(self, plan: Plan) -> list[float]:
         """Of each prompt, predicted seconds over those that plain decoding took."""
         assert self.model is not None
-        plain = self.measured["baseline"].seconds
         walks = self.replay.walks(plan)
         return [
             self.model.seconds(plan, walk, log) / seconds
-            for walk, log, seconds in zip(walks, self.replay.logs, plain, strict=True)
+            for walk, log, seconds in zip(walks, self.replay.logs, self.plain, strict=True)
         ]
 
     def _relative(self, plan: Plan) -> float:
