@@ -31,9 +31,13 @@ Context = tuple[int, tuple[int, ...]]
 
 def generous(drafts: int, ngram: bool) -> Plan:
     """The plan whose trees are logged: wide, deep, and drafted for until little is left."""
+    # All passes of a draft together have room for the whole tree, and so does one wide pass in
+    # their place. Several drafts multiply each other's rounds.
+    rounds = 6 if drafts < 2 else 3
+    draft = DraftPlan(rounds=rounds, width=96 // rounds, branch=5, threshold=0.01)
     return Plan(
         width=1,
-        drafts=(DraftPlan(rounds=6, width=16, branch=5, threshold=0.01),) * drafts,
+        drafts=(draft,) * drafts,
         ngram=NGramPlan(levels=3, width=4, branch=2 if ngram else 0, match=8),
         depth=DEPTH,
         nodes=95,
