@@ -188,12 +188,19 @@ class _Growth:
         self._grow(draft + 1)
         for _ in range(own.rounds):
             nodes = self._best(self._open(draft))
-            if not nodes or self.value[nodes[0]] < threshold:
+            lacking = 0 if self.passes[draft] else self._lacking(draft)
+            if not lacking and (not nodes or self.value[nodes[0]] < threshold):
                 break
-            # Before its first pass, a draft takes the trunk that it lacks.
-            lacking = self.backlog[draft] if not self.passes[draft] else 0
             self._draft_pass(draft, nodes[: own.width - lacking])
             self._grow(draft + 1)
+
+    def _lacking(self, draft: int) -> int:
+        """Nodes of the trunk that a draft takes in its first pass, before the root."""
+        if not self.ready[draft] or self.plan.depth < 1:
+            return 0
+        missing = range(self.length - 1 - self.backlog[draft], self.length - 1)
+        end = min(self.log.limit - 2, self.log.context[draft])
+        return sum(position < end for position in missing)
 
     def _open(self, draft: int) -> list[int]:
         if not self.ready[draft]:
@@ -341,7 +348,8 @@ class _NGram:
 
     def _katz(self, plan: Plan, position: int, recent: tuple[int, ...]) -> list[tuple[int, float]]:
         assert plan.ngram is not None and self.log.tables is not None
-        pair = (recent[1] if len(recent) > 1 else -1, recent[0])
+        newest, *older = recent
+        pair = (older[0] if older else -1, newest)
         if pair not in self.rows:
             self.rows[pair] = _look_up_pair(self.log.tables, *pair)
         tokens, log_probs = self.rows[pair]
