@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ssd_jax.plan import Plan as Plan
     from ssd_jax.stack import Stack as Stack
     from ssd_jax.stack import load as load
+    from ssd_jax.tuning.tuner import tune as tune
 
 _MODULES = {
     "SsdError": "errors",
@@ -33,6 +34,7 @@ _MODULES = {
     "Plan": "plan",
     "Stack": "stack",
     "load": "stack",
+    "tune": "tuning.tuner",
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssd_jax.errors import CheckpointError, PromptError, SsdError
-from ssd_jax.plan import MODES
+from ssd_jax.plan import DEFAULT, MODES
 
 if TYPE_CHECKING:
     from ssd_jax.generate import GenerationResult
@@ -54,7 +54,7 @@ def positive_int(text: str) -> int:
     return value
 
 
-def _top_k(text: str) -> int:
+def top_k(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
@@ -68,14 +68,14 @@ def seed(text: str) -> int:
     return value
 
 
-def _temperature(text: str) -> float:
+def temperature(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and value >= 0.0):
         raise argparse.ArgumentTypeError(f"must be finite and not negative, not {text}")
     return value
 
 
-def _top_p(text: str) -> float:
+def top_p(text: str) -> float:
     value = float(text)
     if not 0.0 < value <= 1.0:
         raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {text}")
@@ -89,8 +89,8 @@ def _token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"must be integers like 1,2,3, not {text!r}") from None
 
 
-def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that :func:`load_stack` reads."""
+def add_stack_arguments(parser: argparse.ArgumentParser, *, plan: bool = True) -> None:
+    """The arguments that :func:`load_stack` reads, with or without ``--plan``."""
     group = parser.add_argument_group("models")
     group.add_argument("--checkpoint", metavar="DIR", help="trio folder (default: python-small)")
     group.add_argument("--oracle", metavar="X", help="oracle: a folder or a hub name")
@@ -106,7 +106,13 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="operands of the models"
     )
-    group.add_argument("--plan", metavar="FILE", help="speculation plan, a JSON file")
+    if plan:
+        group.add_argument(
+            "--plan",
+            metavar="FILE",
+            help=f"speculation plan, a JSON file, or {DEFAULT!r}; left out, mode staged follows "
+            "the plan that tune.py found for this device and these models, if it has run",
+        )
 
 
 def check_stack_arguments(parser: Parser, args: argparse.Namespace) -> None:
@@ -137,10 +143,10 @@ def build_parser() -> Parser:
     group.add_argument("--mode", choices=MODES, default="staged", help="default: staged")
     group.add_argument("--max-new-tokens", metavar="N", type=positive_int, default=128)
     group.add_argument(
-        "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (default) is greedy"
+        "--temperature", metavar="T", type=temperature, default=0.0, help="0 (default) is greedy"
     )
-    group.add_argument("--top-k", metavar="K", type=_top_k, help="0 for the whole vocabulary")
-    group.add_argument("--top-p", metavar="P", type=_top_p)
+    group.add_argument("--top-k", metavar="K", type=top_k, help="0 for the whole vocabulary")
+    group.add_argument("--top-p", metavar="P", type=top_p)
     group.add_argument("--seed", metavar="S", type=seed, default=0)
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -148,7 +154,9 @@ def build_parser() -> Parser:
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument(
-        "--verbose", action="store_true", help="also say where the time to the first text went"
+        "--verbose",
+        action="store_true",
+        help="also show the plan, where it comes from, and where the time to the first text went",
     )
     group.add_argument(
         "--svg", metavar="FILE", help="draw the text, coloured by the stage that proposed it"
@@ -222,14 +230,16 @@ class Laps:
 
 
 def load_stack(args: argparse.Namespace, lap: Callable[[str], None] = lambda name: None):
-    """Load what :func:`add_stack_arguments` named: ``(stack, plan or None)``."""
+    """What :func:`add_stack_arguments` named: the stack; and a plan, ``DEFAULT`` or ``None``."""
     path = None if args.oracle else args.checkpoint or shipped_checkpoint()
     with _console().status("importing JAX"):
         import ssd_jax
         import ssd_jax.generate  # the package imports only what is asked for
         from ssd_jax.plan import Plan
     lap("imports")
-    plan = Plan.load(args.plan) if args.plan else None  # before the weights: it is quick to fail
+    plan = getattr(args, "plan", None)
+    if plan not in (None, DEFAULT):
+        plan = Plan.load(plan)  # before the weights: it is quick to fail
     with _console().status("loading the models"):
         if path is not None:
             stack = ssd_jax.load(path, tokenizer=args.tokenizer, dtype=args.dtype)
@@ -466,6 +476,8 @@ def _decode(args: argparse.Namespace) -> None:
             on_text=on_text,
         )
 
+    if args.verbose:
+        _show_plan(stack, args, plan)
     first = _first_run(decode, args, prompt, laps)
     if args.verbose:
         _print_start(laps, first)
@@ -481,6 +493,13 @@ def _decode(args: argparse.Namespace) -> None:
         _print_summary(first)
     if args.json:
         print(json.dumps(json_object(args.mode, measurements), allow_nan=False), flush=True)
+
+
+def _show_plan(stack, args: argparse.Namespace, plan) -> None:
+    from ssd_jax.generate import resolve_plan
+
+    plan, source = resolve_plan(stack, args.mode, plan, sampled=args.temperature > 0)
+    print(f"plan of mode {args.mode}, {source}:\n{plan.to_json()}", file=sys.stderr)
 
 
 def run_command(

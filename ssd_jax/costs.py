@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ssd_jax.gpt2 import GPT2
+
+
+@dataclasses.dataclass(frozen=True)
+class PassCosts:
+    """What a pass of each stage takes, by its width.
+
+    Attributes:
+      seconds: by stage name, then by width in tokens.
+      slots: filled slots of the cache that the passes attended to.
+    """
+
+    seconds: Mapping[str, Mapping[int, float]]
+    slots: int
+
+    def of(self, stage: str, width: int) -> float:
+        """Seconds of a pass, between and beyond the measured widths in a straight line."""
+        known = sorted(self.seconds[stage].items())
+        widths, seconds = (np.array(column, float) for column in zip(*known, strict=True))
+        if width > widths[-1] and len(known) > 1:
+            slope = max((seconds[-1] - seconds[-2]) / (widths[-1] - widths[-2]), 0.0)
+            return float(seconds[-1] + slope * (width - widths[-1]))
+        return float(np.interp(width, widths, seconds))
 
 
 def pass_seconds(

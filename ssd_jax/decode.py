@@ -178,8 +178,27 @@ def observed_step(
     capacities: Capacities,
 ) -> tuple[DecodeState, TokenTree, Verdict]:
     """:func:`speculative_step`, with the tree that was drafted and what became of it."""
+    rnd = new_round(models, tables, state, sampling, policy, capacities)
+    caches, caught_up = _catch_up(rnd, state)
+    tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
+    sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
+    tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
+    verdict, oracle = _verify(rnd, tree, sides[0], state.pace)
+    emitted = _emit(state, tree, verdict)
+    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
+
+
+def new_round(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+) -> Round:
+    """What the stages look at in the round that follows ``state``."""
     levels = jnp.arange(capacities.depth + 1)
-    rnd = Round(
+    return Round(
         models=models,
         tables=tables,
         text=state.text,
@@ -193,13 +212,6 @@ def observed_step(
         policy=policy,
         capacities=capacities,
     )
-    caches, caught_up = _catch_up(rnd, state)
-    tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
-    sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
-    tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
-    verdict, oracle = _verify(rnd, tree, sides[0], state.pace)
-    emitted = _emit(state, tree, verdict)
-    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from ssd_jax import decode as engine
-from ssd_jax import program_cache
-from ssd_jax.errors import PlanError, PromptError, SamplingError
-from ssd_jax.plan import Capacities, Plan, Policy
+from ssd_jax import program_cache, tuned
+from ssd_jax.errors import PromptError, SamplingError
+from ssd_jax.plan import DEFAULT, Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack, cache_bytes_per_token, weight_bytes
 
@@ -105,7 +105,8 @@ def generate(
       top_k: sample among the k most probable tokens; ``None`` or 0 for all.
       top_p: sample among the most probable tokens that make up this mass; ``None`` for all.
       seed: of the sampling noise. One seed gives one text, whatever the mode.
-      plan: overrides the mode's default plan; a :class:`~ssd_jax.plan.Plan` or a JSON file.
+      plan: a :class:`~ssd_jax.plan.Plan`, a JSON file, or ``"default"`` for the mode's own. Left
+        out, mode ``staged`` follows what :func:`ssd_jax.tune` found for this device and stack.
       on_text: called with each new piece of text as it is committed.
 
     Raises:
@@ -117,7 +118,7 @@ def generate(
     tokens = encode_prompt(stack, prompt)
     _check_new_tokens(max_new_tokens)
     sampling = Sampling.create(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    plan = _resolve_plan(stack, mode, plan)
+    plan, _ = resolve_plan(stack, mode, plan, sampled=temperature > 0)
     watch = _Watcher(stack, len(tokens), on_text) if on_text else None
     return generate_batch(stack, [tokens], max_new_tokens, sampling, plan, watch)[0]
 
@@ -129,6 +130,7 @@ def generate_batch(
     sampling: Sampling,
     plan: Plan,
     watch: Callable[[engine.DecodeState], None] | None = None,
+    capacity: int | None = None,
 ) -> list[GenerationResult]:
     """Continue several token prompts of any lengths in one compiled loop.
 
@@ -139,11 +141,12 @@ def generate_batch(
       sampling: one entry a row.
       plan: how much is drafted.
       watch: called with the state every few tokens.
+      capacity: text that the buffers hold; by default just enough for these prompts.
     """
     models = (stack.oracle, *stack.drafts[: len(plan.drafts)])
     context = stack.oracle.config.n_positions
     limits = [min(len(p) + max_new_tokens, context) for p in prompts]
-    capacities = Capacities.of(plan, bucket(max(limits)))
+    capacities = Capacities.of(plan, capacity or bucket(max(limits)))
     state = first_state(models, prompts, limits, stack.eos_ids, capacities)
     uses_trigram = plan.ngram is not None and plan.ngram.branch > 0
     tables = stack.tables if uses_trigram else None
@@ -204,23 +207,36 @@ def _check_new_tokens(value: Any) -> None:
         raise SamplingError(f"max_new_tokens must be a positive integer, not {value!r}")
 
 
-def _resolve_plan(stack: Stack, mode: str, plan: Plan | str | os.PathLike | None) -> Plan:
+def resolve_plan(
+    stack: Stack, mode: str, plan: Plan | str | os.PathLike | None, *, sampled: bool
+) -> tuple[Plan, str]:
+    """The plan that ``generate`` follows, and in words where it comes from.
+
+    Args:
+      stack: the stack.
+      mode: of :data:`~ssd_jax.plan.MODES`.
+      plan: a plan, a file, ``"default"``, or ``None`` for the tuned plan, if there is one.
+      sampled: whether the temperature is above 0.
+
+    Raises:
+      PlanError: see :func:`generate`.
+    """
     default = Plan.for_mode(mode, len(stack.drafts), stack.ngram is not None)
-    if plan is None:
-        staged_on_cpu = mode == "staged" and jax.default_backend() == "cpu"
-        return default.on_cpu() if staged_on_cpu else default
+    if mode == "staged" and jax.default_backend() == "cpu":
+        default = default.on_cpu()
+    if plan is None and mode == "staged":
+        found = tuned.load(stack)
+        plan = found.plans.get(tuned.KINDS[sampled]) if found else None
+        if plan is not None:
+            return plan, f"tuned for this device ({tuned.path_for(stack)})"
+    if plan is None or plan == DEFAULT:
+        return default, "default"
+    source = "given"
     if not isinstance(plan, Plan):
+        source = os.fspath(plan)
         plan = Plan.load(plan)
-    if len(plan.drafts) > len(stack.drafts):
-        raise PlanError(
-            f"the plan uses {len(plan.drafts)} drafts but the stack has {len(stack.drafts)}; "
-            "load more drafts or take entries out of the plan"
-        )
-    if plan.ngram is not None and plan.ngram.branch and stack.ngram is None:
-        raise PlanError(
-            "the plan uses the trigram but the stack has none; load ngram=, or set branch to 0"
-        )
-    return plan
+    plan.check_stack(len(stack.drafts), stack.ngram is not None)
+    return plan, source
 
 
 def bucket(length: int) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import jax
 
 MODES = ("baseline", "speculative", "staged")
+DEFAULT = "default"  # in place of a plan: the mode's own, whatever the tuner has found
 MAX_TRIGRAM_BRANCH = 8  # continuations kept for each trigram context on the device
 
 
@@ -205,6 +206,18 @@ class Plan:
         if not drafts:
             raise PlanError("mode 'speculative' needs a draft model; load one, or use 'staged'")
         return cls.speculative()
+
+    def check_stack(self, drafts: int, ngram: bool) -> None:
+        """Raise :class:`PlanError` if a stack with so many drafts cannot follow this plan."""
+        if len(self.drafts) > drafts:
+            raise PlanError(
+                f"the plan uses {len(self.drafts)} drafts but the stack has {drafts}; "
+                "load more drafts or take entries out of the plan"
+            )
+        if self.ngram is not None and self.ngram.branch and not ngram:
+            raise PlanError(
+                "the plan uses the trigram but the stack has none; load ngram=, or set branch to 0"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ssd_jax import checkpoint
@@ -79,6 +81,21 @@ class Stack:
     def tables(self) -> NGramTables | None:
         """The n-gram on the device."""
         return None if self.ngram is None else jax.device_put(self.ngram.tables(MAX_TRIGRAM_BRANCH))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells stacks apart: configurations, shapes and types of all weights, and the values of
+        those that are quickly read (biases, norms, positions), which any training moves."""
+        parts = hashlib.sha256()
+        for model in (self.oracle, *self.drafts):
+            parts.update(repr((model.config, str(model.dtype))).encode())
+            for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
+                parts.update(repr((leaf.shape, str(leaf.dtype))).encode())
+                if leaf.ndim == 1:
+                    parts.update(np.asarray(leaf).tobytes())
+            parts.update(np.asarray(model.wpe[...]).tobytes())
+        parts.update(repr(None if self.ngram is None else self.ngram.sizes).encode())
+        return parts.hexdigest()
 
 
 def _same_vocabulary(name: str, size: int, vocab: int) -> None:

@@ -25,7 +25,7 @@ from ssd_jax.tree import TokenTree, at
 
 # Mean of the standard Gumbel distribution: stands for the unknown noise of the tokens that
 # the n-gram stage does not list.
-_EULER = 0.5772157
+EULER = 0.5772157
 
 
 # Every index below is in range by construction; the default mode pays for a check.
@@ -365,7 +365,7 @@ def _katz_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
     sampled = temperature > 0
     divisor = jnp.where(sampled, temperature, 1.0)
     perturbed = jnp.concatenate(
-        [log_prob / divisor + _noise_of(rnd, level, token), rest / divisor + _EULER], axis=-1
+        [log_prob / divisor + _noise_of(rnd, level, token), rest / divisor + EULER], axis=-1
     )
     plain = jnp.concatenate([log_prob, rest], axis=-1)
     tau = rnd.tau(len(rnd.models))[:, None, None]

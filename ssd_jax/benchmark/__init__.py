@@ -8,8 +8,9 @@ engine reports, prompt included, which end when the tokens are on the host.
 
 ``conditions``
   device, versions, models, options; ``stages`` names the stages by index, ``weight_bytes`` and
-  ``cache_bytes_per_token`` are what a pass of a stage reads, ``plans`` the plan of each mode.
-``costs[mode][stage]``
+  ``cache_bytes_per_token`` are what a pass of a stage reads, ``plans`` the plan of each mode,
+  and of ``MODE, sampled`` where sampled texts follow another (the tuner finds one for each kind).
+``costs[mode][stage]`` (``MODE, sampled`` too, as in ``plans``)
   a pass of the stage alone: ``width`` tokens in ``seconds``, and ``prefill_width`` tokens in
   ``prefill_seconds``, medians over a cache of ``slots``.
 ``records``

@@ -17,7 +17,7 @@ from ssd_jax.benchmark import measure, results
 from ssd_jax.benchmark.measure import SAMPLINGS, Record, Runner
 from ssd_jax.benchmark.peers import PEERS
 from ssd_jax.benchmark.prompts import HELDOUT, HUMANEVAL, load_prompts
-from ssd_jax.benchmark.summary import BASELINE, Costs, summarize
+from ssd_jax.benchmark.summary import BASELINE, SAMPLED, Costs, of_kind, summarize
 from ssd_jax.benchmark.tables import remarks, summary_tables
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def build_parser() -> cli.Parser:
 def _benchmark(args: argparse.Namespace) -> None:
     prompts = load_prompts(args.prompts, args.limit)
     stack, plan = cli.load_stack(args)
-    plans = _plans(stack, args.modes or cli.modes_of(stack), plan)
+    plans = _plans(stack, args.modes or cli.modes_of(stack), plan, args.sampling)
     conditions = results.conditions(stack, plans, _options(args, len(prompts)))
     document: Record = {
         "schema": results.SCHEMA,
@@ -120,7 +120,11 @@ def _benchmark(args: argparse.Namespace) -> None:
     document |= results.continued(args.out, conditions) if args.out else {"records": []}
     document["conditions"] = conditions
     own = _stacks(stack, plans, args)
-    runners = {mode: _runner(*pair, args.max_new_tokens) for mode, pair in own.items()}
+    runners = {
+        mode: _runner(*pair, own.get(f"{mode}{SAMPLED}", pair)[1], args.max_new_tokens)
+        for mode, pair in own.items()
+        if not mode.endswith(SAMPLED)
+    }
     scratch = tempfile.TemporaryDirectory()  # until the process ends: peers read from it
     peers = _open_peers(args, stack, prompts, Path(scratch.name))
     settings = {peer.name: {"setting": peer.setting, "skipped": peer.skipped} for peer in peers}
@@ -138,7 +142,7 @@ def _benchmark(args: argparse.Namespace) -> None:
             document["costs"] |= _costs(own, document["records"])
             document["roofline"] = _roofline(document["costs"], conditions)
             if args.out:
-                document["examples"] = _examples(stack, plans.get("staged"), prompts, args)
+                document["examples"] = _examples(stack, plans, prompts, args)
         if args.ablations and "ablations" not in document:
             document["ablations"] = _ablations(stack, prompts[: args.ablations], args)
     finally:  # an interrupted run keeps what it measured
@@ -146,13 +150,20 @@ def _benchmark(args: argparse.Namespace) -> None:
             _report(document, args.out)
 
 
-def _plans(stack: Stack, modes: Sequence[str], plan: Plan | None) -> dict[str, Plan]:
-    from ssd_jax.plan import Plan
+def _plans(
+    stack: Stack, modes: Sequence[str], plan: Plan | str | None, samplings: Sequence[str]
+) -> dict[str, Plan]:
+    """The plan of each mode; of ``MODE, sampled`` too, where sampled texts follow another."""
+    from ssd_jax.generate import resolve_plan
 
-    drafts, ngram = len(stack.drafts), stack.ngram is not None
-    plans = {mode: Plan.for_mode(mode, drafts, ngram) for mode in modes}
-    if plan is not None and "staged" in plans:
-        plans["staged"] = plan
+    kinds = sorted({measure.is_sampled(name) for name in samplings})
+    plans: dict[str, Plan] = {}
+    for mode in modes:
+        given = plan if mode == "staged" else None
+        own = [resolve_plan(stack, mode, given, sampled=sampled)[0] for sampled in kinds]
+        plans[mode] = own[0]
+        if own[-1] != own[0]:
+            plans[f"{mode}{SAMPLED}"] = own[-1]
     return plans
 
 
@@ -190,14 +201,20 @@ def _stacks(stack: Stack, plans: dict[str, Plan], args) -> dict[str, tuple[Stack
     return own
 
 
-def _runner(stack: Stack, plan: Plan, max_new_tokens: int) -> Runner:
+def _runner(stack: Stack, greedy: Plan, sampled: Plan, max_new_tokens: int) -> Runner:
     import ssd_jax
     from ssd_jax.generate import encode_prompt
 
-    def runner(prompt: str, **options) -> Record:
+    def runner(prompt: str, *, temperature: float, **options) -> Record:
         tokens = encode_prompt(stack, prompt)
         generate = partial(
-            ssd_jax.generate, stack, tokens, max_new_tokens=max_new_tokens, plan=plan, **options
+            ssd_jax.generate,
+            stack,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            plan=sampled if temperature > 0 else greedy,
+            **options,
         )
         return {"prompt_tokens": len(tokens)} | measure.timed(generate, stack)
 
@@ -332,9 +349,11 @@ def _ablations(stack: Stack, prompts: list[str], args: argparse.Namespace) -> Re
     return tables
 
 
-def _examples(stack: Stack, plan: Plan | None, prompts: list[str], args) -> list[Record]:
+def _examples(
+    stack: Stack, plans: dict[str, Plan], prompts: list[str], args: argparse.Namespace
+) -> list[Record]:
     """Of the first prompts, for the report."""
-    if plan is None or stack.tokenizer is None:
+    if "staged" not in plans or stack.tokenizer is None:
         return []
     from ssd_jax.benchmark.examples import example
 
@@ -343,7 +362,7 @@ def _examples(stack: Stack, plan: Plan | None, prompts: list[str], args) -> list
         | example(
             stack,
             prompt,
-            plan,
+            of_kind(plans, "staged", sampling),
             max_new_tokens=args.max_new_tokens,
             seed=args.seed + index,
             rounds=EXAMPLE_ROUNDS,

@@ -17,6 +17,12 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "topk50": {"temperature": 1.0, "top_k": 50},
 }
 
+
+def is_sampled(sampling: str) -> bool:
+    """Whether a key of :data:`SAMPLINGS` draws its tokens."""
+    return SAMPLINGS[sampling]["temperature"] > 0
+
+
 Record = dict[str, Any]
 Runner = Callable[..., Record]  # called as runner(prompt, seed=..., **sampling options)
 

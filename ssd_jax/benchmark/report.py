@@ -335,7 +335,7 @@ def paper_tables(summary: Record) -> list[Record]:
 def command(conditions: Record, summary: Record) -> str:
     """What measures this again, as far as the conditions tell."""
     models = conditions.get("models") or {}
-    plans = list(conditions.get("plans") or {})
+    plans = [name for name in conditions.get("plans") or {} if name in MODES]
     words = ["python", "scripts/benchmark.py"]
 
     def option(name: str, value: Any) -> None:

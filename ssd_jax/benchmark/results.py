@@ -62,6 +62,7 @@ def conditions(stack: Stack, plans: Mapping[str, Plan], options: Mapping[str, An
     """
     import jax
 
+    from ssd_jax.device import cores, device_name, read_text
     from ssd_jax.gpt2 import parameter_count
     from ssd_jax.stack import cache_bytes_per_token, weight_bytes
 
@@ -69,10 +70,10 @@ def conditions(stack: Stack, plans: Mapping[str, Plan], options: Mapping[str, An
     models = dict(zip(stack.stage_names, (stack.oracle, *stack.drafts), strict=False))
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "device": device_name(),
         "backend": device.platform,
-        "cpu_count": len(os.sched_getaffinity(0)),
-        "frequency_governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "cpu_count": cores(),
+        "frequency_governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "load_average": round(os.getloadavg()[0], 2),
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -86,20 +87,6 @@ def conditions(stack: Stack, plans: Mapping[str, Plan], options: Mapping[str, An
         "plans": {mode: json.loads(plan.to_json()) for mode, plan in plans.items()},
         **options,
     }
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells."""
-    lines = (_read("/proc/cpuinfo") or "").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "cpu"
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
 
 
 def _version(distribution: str) -> str | None:

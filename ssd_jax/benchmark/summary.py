@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ssd_jax.benchmark.measure import Record
+from ssd_jax.benchmark.measure import SAMPLINGS, Record, is_sampled
 from ssd_jax.plan import MODES
 
 BASELINE = "baseline"  # further baselines are named after it, with a dtype
+SAMPLED = ", sampled"  # ends the name of a mode's plan for sampled texts, where it is another one
 
 Prompts = dict[int, list[Record]]  # the repeats of each prompt, in one mode and sampling
 Costs = dict[str, dict[str, dict[str, Any]]]
@@ -35,10 +36,18 @@ def summarize(records: Sequence[Record], costs: Costs | None = None) -> Summary:
             for mode in dict.fromkeys(record["mode"] for record in chosen)
         }
         summary[sampling] = {
-            name: _summary_of(name, own, modes, (costs or {}).get(name))
+            name: _summary_of(name, own, modes, of_kind(costs or {}, name, sampling))
             for name, own in modes.items()
         }
     return summary
+
+
+def of_kind(known: Mapping[str, Any], mode: str, sampling: str) -> Any:
+    """What is known of a mode (its plan, its costs) for a sampling; ``None`` if nothing is."""
+    other = f"{mode}{SAMPLED}"
+    # Records of other engines or schemas may name samplings of their own.
+    sampled = sampling in SAMPLINGS and is_sampled(sampling)
+    return known.get(other if sampled and other in known else mode)
 
 
 def by_prompt(records: Iterable[Record]) -> Prompts:
