@@ -140,7 +140,25 @@ def decode(
     def step(state: DecodeState) -> DecodeState:
         return speculative_step(models, tables, state, sampling, policy, capacities)
 
+    state = prefill(models, tables, state, sampling, policy, capacities)
     return lax.while_loop(unfinished, step, state)
+
+
+def prefill(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+) -> DecodeState:
+    """Bring the oracle's cache up to the root, once and for all: every round leaves it there.
+
+    Arguments as for :func:`decode`. Drafts catch up in the rounds, as they may fall behind.
+    """
+    rnd = _round(models, tables, state, sampling, policy, capacities)
+    oracle, _ = stages.catch_up(rnd, 0, state.caches[0], backlog=1)
+    return dataclasses.replace(state, caches=(oracle, *state.caches[1:]))
 
 
 def speculative_step(
@@ -153,7 +171,7 @@ def speculative_step(
 ) -> DecodeState:
     """One round: catch up, draft a tree, verify it, commit the accepted path.
 
-    Arguments as for :func:`decode`; can be called on its own.
+    Arguments as for :func:`decode`; can be called on its own, after :func:`prefill`.
     """
     return observed_step(models, tables, state, sampling, policy, capacities)[0]
 
@@ -167,8 +185,19 @@ def observed_step(
     capacities: Capacities,
 ) -> tuple[DecodeState, TokenTree, Verdict]:
     """:func:`speculative_step`, with the tree that was drafted and what became of it."""
+    rnd = _round(models, tables, state, sampling, policy, capacities)
+    caches, caught_up = _catch_up(rnd, state)
+    tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
+    sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
+    tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
+    verdict, oracle = _verify(rnd, tree, sides[0])
+    emitted = _emit(state, tree, verdict)
+    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
+
+
+def _round(models, tables, state: DecodeState, sampling, policy, capacities) -> Round:
     levels = jnp.arange(capacities.depth + 1)
-    rnd = Round(
+    return Round(
         models=models,
         tables=tables,
         text=state.text,
@@ -181,26 +210,16 @@ def observed_step(
         policy=policy,
         capacities=capacities,
     )
-    caches, caught_up = _catch_up(rnd, state)
-    tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
-    sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
-    tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
-    verdict, oracle = _verify(rnd, tree, sides[0])
-    emitted = _emit(state, tree, verdict)
-    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Bring every cache up to the trunk. Passes made in the first round are the prefill and
-    do not count."""
-    # The oracle's pass has room for the root alone; the drafts' take the whole trunk.
-    room = [1] + [rnd.capacities.trunk] * (len(rnd.models) - 1)
-    results = [
-        stages.catch_up(rnd, model, cache, backlog)
-        for model, (cache, backlog) in enumerate(zip(state.caches, room, strict=True))
-    ]
-    caches, passes = zip(*results, strict=True)
-    return caches, jnp.where(state.rounds == 0, 0, jnp.stack(passes))
+    """Bring every draft's cache up to the trunk, which its first pass takes whole. Passes made
+    in the first round are the prefill and do not count."""
+    caches, passes = list(state.caches), [jnp.int32(0)]
+    for draft in range(1, len(caches)):
+        caches[draft], made = stages.catch_up(rnd, draft, caches[draft], rnd.capacities.trunk)
+        passes.append(made)
+    return tuple(caches), jnp.where(state.rounds == 0, 0, jnp.stack(passes))
 
 
 def _trunk(rnd: Round) -> jax.Array:
@@ -234,7 +253,7 @@ def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
     """One oracle pass over the best nodes of the tree."""
     width = rnd.capacities.widths[0]
     eligible = tree.valid & (tree.depth >= 0)
-    nodes, found = trees.best_nodes(trees.values(tree), eligible, width, rnd.policy.width[0])
+    nodes, found = trees.best_nodes(tree.value, eligible, width, rnd.policy.width[0])
     if width == 1:
         logits, side = _evaluate_root(rnd, tree, side)
     else:
@@ -253,10 +272,12 @@ def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
 
 def _evaluate_root(rnd: Round, tree: TokenTree, side: Side) -> tuple[jax.Array, Side]:
     """Plain decoding's pass: the root goes straight to its final slot, nothing is moved."""
-    oracle, cache = rnd.models[0], side.cache
+    cache = side.cache
     position = rnd.length[:, None] - 1
     slots = jnp.arange(rnd.capacities.slots(0))
-    logits, cache = oracle(
+    logits, cache = stages.forward(
+        rnd,
+        0,
         at(rnd.text, position),
         position,
         mask=slots <= position[:, :, None],

@@ -95,6 +95,12 @@ class Side:
     passes: jax.Array
 
 
+def forward(rnd: Round, model: int, *args, **kwargs) -> tuple[jax.Array, KVCache]:
+    """A pass of one model, named in the compiled program for :mod:`ssd_jax.gpu_report`."""
+    with jax.named_scope(f"model{model}"):
+        return rnd.models[model](*args, **kwargs)
+
+
 def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCache, jax.Array]:
     """Evaluate committed tokens in chunks until at most ``backlog`` are missing.
 
@@ -114,13 +120,16 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
         cache, passes = carry
         position = cache.length[:, None] + jnp.arange(chunk)
         token = at(rnd.text, position)
-        _, written = network(
-            token,
-            jnp.minimum(position, network.config.n_positions - 1),
-            mask=slots <= position[:, :, None],
-            cache=cache,
-            offset=cache.length,
-        )
+        with jax.named_scope("catch_up"):
+            _, written = forward(
+                rnd,
+                model,
+                token,
+                jnp.minimum(position, network.config.n_positions - 1),
+                mask=slots <= position[:, :, None],
+                cache=cache,
+                offset=cache.length,
+            )
         length = jnp.minimum(cache.length + chunk, goal)
         return dataclasses.replace(written, length=length), passes + 1
 
@@ -168,7 +177,9 @@ def evaluate(
     committed = jnp.broadcast_to(committed, (*nodes.shape, text))
     network = rnd.models[model]
     position = jnp.clip(at(rnd.position(tree), nodes), 0, network.config.n_positions - 1)
-    logits, cache = network(
+    logits, cache = forward(
+        rnd,
+        model,
         at(tree.token, nodes),
         position,
         mask=jnp.concatenate([committed, block], axis=2),
@@ -215,23 +226,29 @@ def grow(
     draft = stage - 1
     threshold = rnd.policy.threshold[draft]
 
-    def worthwhile(carry) -> jax.Array:
-        done, tree, sides = carry
-        best = jnp.where(_open(rnd, stage, tree, sides[draft]), trees.values(tree), -jnp.inf)
+    def worthwhile(done, tree, sides) -> jax.Array:
+        best = jnp.where(_open(rnd, stage, tree, sides[draft]), tree.value, -jnp.inf)
         room = sides[draft].passes < rnd.capacities.passes[stage]
         # An empty tree's best is minus infinity, which is no pass even at threshold 0.
         worth = jnp.any((best >= threshold) & (best > -jnp.inf))
         return (done < rnd.policy.rounds[draft]) & room & worth
 
-    def one_round(carry):
-        done, tree, sides = carry
+    def one_pass(carry):
+        _, tree, sides = carry
         tree, side = _draft_pass(rnd, stage, tree, sides[draft])
-        sides = (*sides[:draft], side, *sides[draft + 1 :])
-        tree, sides = grow(rnd, stage + 1, tree, sides)
-        return done + 1, tree, sides
+        return jnp.bool(False), tree, (*sides[:draft], side, *sides[draft + 1 :])
 
-    tree, sides = grow(rnd, stage + 1, tree, sides)
-    _, tree, sides = lax.while_loop(worthwhile, one_round, (jnp.int32(0), tree, sides))
+    def one_round(carry):
+        done, _, tree, sides = carry
+        tree, sides = grow(rnd, stage + 1, tree, sides)
+        more = worthwhile(done, tree, sides)
+        # A loop of at most one trip: a conditional would copy the cache, and leaving the lower
+        # stages' last turn to after the loop would compile them twice.
+        _, tree, sides = lax.while_loop(lambda carry: carry[0], one_pass, (more, tree, sides))
+        return done + 1, more, tree, sides
+
+    carry = (jnp.int32(0), jnp.bool(True), tree, sides)
+    _, _, tree, sides = lax.while_loop(lambda carry: carry[1], one_round, carry)
     return tree, sides
 
 
@@ -247,7 +264,7 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     draft = stage - 1
     width, branch = rnd.capacities.widths[stage], rnd.capacities.branches[draft]
     nodes, found = trees.best_nodes(
-        trees.values(tree), _open(rnd, stage, tree, side), width, rnd.policy.width[stage]
+        tree.value, _open(rnd, stage, tree, side), width, rnd.policy.width[stage]
     )
     logits, side = evaluate(rnd, stage, side, tree, nodes, found)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
@@ -272,7 +289,7 @@ def _revalue(tree: TokenTree, nodes: jax.Array, ours: jax.Array, log_prob: jax.A
     mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
     # A child that this stage rules out altogether stays, at a floor: a slot is never vacated.
     fresh = jnp.maximum(fresh, -1e4)
-    return dataclasses.replace(tree, log_prob=jnp.where(mine, fresh, tree.log_prob))
+    return trees.revalue(tree, jnp.where(mine, fresh, tree.log_prob))
 
 
 def _add_children(
@@ -280,7 +297,7 @@ def _add_children(
 ) -> TokenTree:
     """Insert children ``[B, W, X]`` of ``nodes`` ``[B, W]``, those above the floor."""
     batch, _, each = token.shape
-    path = at(trees.values(tree), nodes)[:, :, None] + log_prob
+    path = at(tree.value, nodes)[:, :, None] + log_prob
     log_prob = jnp.where(path >= rnd.policy.floor, log_prob, -jnp.inf)
     parent = jnp.broadcast_to(nodes[:, :, None], token.shape)
     flat = (parent.reshape(batch, -1), token.reshape(batch, -1), log_prob.reshape(batch, -1))
@@ -295,7 +312,7 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
 
     def level(_, tree: TokenTree) -> TokenTree:
         leaves = rnd.growable(tree) & (tree.expanded == trees.UNEXPANDED)
-        nodes, found = trees.best_nodes(trees.values(tree), leaves, width, rnd.policy.ngram_width)
+        nodes, found = trees.best_nodes(tree.value, leaves, width, rnd.policy.ngram_width)
         recent = _recent_tokens(rnd, tree, nodes, max(match, 2))
         token, log_prob = _propose(rnd, tree, nodes, recent, branch, match)
         log_prob = jnp.where(found[:, :, None], log_prob, -jnp.inf)

@@ -40,6 +40,7 @@ class TokenTree:
       depth: int32; 0 at the root, negative in the trunk.
       log_prob: float32 conditional log-probability given the parent; 0 in the trunk and minus
         infinity for empty slots.
+      value: float32 log-probability of the path; minus infinity for empty slots.
       origin: int32 stage that proposed the node (0 is the oracle: the trunk).
       expanded: int32 index of the best stage that gave the node its children so far,
         ``UNEXPANDED`` if none did. Stages are numbered from the oracle, 0, downwards.
@@ -51,6 +52,7 @@ class TokenTree:
     parent: jax.Array
     depth: jax.Array
     log_prob: jax.Array
+    value: jax.Array
     origin: jax.Array
     expanded: jax.Array
     ancestors: jax.Array
@@ -80,11 +82,13 @@ def plant(trunk: jax.Array, length: jax.Array, capacity: int) -> TokenTree:
     depth = jnp.broadcast_to(node - (size - 1), (batch, capacity))
     real = (node < size) & (depth + length[:, None] > 0)
     chain = (node[:, None] >= node[None, :]) & real[:, None, :] & real[:, :, None]
+    empty = jnp.where(real, 0.0, -jnp.inf)
     return TokenTree(
         token=jnp.pad(trunk, ((0, 0), (0, capacity - size))),
         parent=jnp.full((batch, capacity), NO_PARENT, jnp.int32),
         depth=jnp.where(node < size, depth, 0).astype(jnp.int32),
-        log_prob=jnp.where(real, 0.0, -jnp.inf),
+        log_prob=empty,
+        value=empty,
         origin=jnp.zeros((batch, capacity), jnp.int32),
         # Only the root may be given children; the rest of the trunk has its only one.
         expanded=jnp.full((batch, capacity), UNEXPANDED, jnp.int32).at[:, : size - 1].set(-1),
@@ -100,16 +104,17 @@ def at(field: jax.Array, nodes: jax.Array) -> jax.Array:
     return jnp.take_along_axis(field, flat, axis=1, mode="promise_in_bounds").reshape(nodes.shape)
 
 
-def values(tree: TokenTree) -> jax.Array:
-    """``[B, N]`` float32: each node's path log-probability, minus infinity for empty slots.
+def revalue(tree: TokenTree, log_prob: jax.Array) -> TokenTree:
+    """Give every node a new conditional log-probability ``[B, N]``, and its path a new value.
 
     Taking the minimum along the path makes the order exact: a child's sum may round above its
     parent's when the two reductions associate differently.
     """
-    terms = jnp.where(tree.ancestors, tree.log_prob[:, None, :], 0.0)
+    terms = jnp.where(tree.ancestors, log_prob[:, None, :], 0.0)
     sums = jnp.where(tree.valid, jnp.sum(terms, axis=-1), -jnp.inf)
     lowest = jnp.min(jnp.where(tree.ancestors, sums[:, None, :], jnp.inf), axis=-1)
-    return jnp.where(tree.valid, lowest, -jnp.inf)
+    value = jnp.where(tree.valid, lowest, -jnp.inf)
+    return dataclasses.replace(tree, log_prob=log_prob, value=value)
 
 
 def best_nodes(
@@ -192,6 +197,8 @@ def insert(
         parent=parents,
         depth=jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
         log_prob=put(tree.log_prob, log_prob),
+        # No child's sum exceeds its parent's value: log-probabilities are at most 0.
+        value=put(tree.value, at(tree.value, parent) + jnp.minimum(log_prob, 0.0)),
         origin=jnp.where(new, stage, tree.origin),
         expanded=tree.expanded,
         ancestors=jnp.where(new[:, :, None], lineage, tree.ancestors),
