@@ -17,7 +17,7 @@ from jax import lax
 
 from ssd_jax import stages
 from ssd_jax import tree as trees
-from ssd_jax.kv_cache import KVCache
+from ssd_jax.kv_cache import KVCache, held, settle
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.sampling import Sampling, choose, gumbel_noise, scores
@@ -141,7 +141,8 @@ def decode(
         return speculative_step(models, tables, state, sampling, policy, capacities)
 
     state = prefill(models, tables, state, sampling, policy, capacities)
-    return lax.while_loop(unfinished, step, state)
+    state = lax.while_loop(unfinished, step, state)
+    return dataclasses.replace(state, caches=(settle(state.caches[0]), *state.caches[1:]))
 
 
 def prefill(
@@ -157,7 +158,10 @@ def prefill(
     Arguments as for :func:`decode`. Drafts catch up in the rounds, as they may fall behind.
     """
     rnd = _round(models, tables, state, sampling, policy, capacities)
-    oracle, _ = stages.catch_up(rnd, 0, state.caches[0], backlog=1)
+    oracle, _ = stages.catch_up(rnd, 0, settle(state.caches[0]), backlog=1)
+    if capacities.widths[0] > 1:
+        path = (state.length.shape[0], capacities.depth + 1)
+        oracle = dataclasses.replace(oracle, pending=jnp.full(path, -1, jnp.int32))
     return dataclasses.replace(state, caches=(oracle, *state.caches[1:]))
 
 
@@ -188,11 +192,11 @@ def observed_step(
     rnd = _round(models, tables, state, sampling, policy, capacities)
     caches, caught_up = _catch_up(rnd, state)
     tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
-    sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
-    tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
-    verdict, oracle = _verify(rnd, tree, sides[0])
+    sides = tuple(stages.begin(rnd, i, caches[i], tree) for i in range(1, len(models)))
+    tree, sides = stages.grow(rnd, 1, tree, sides)
+    verdict, oracle = _verify(rnd, tree, caches[0])
     emitted = _emit(state, tree, verdict)
-    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
+    return _advance(rnd, state, oracle, sides, caught_up, verdict, emitted), tree, verdict
 
 
 def _round(models, tables, state: DecodeState, sampling, policy, capacities) -> Round:
@@ -240,6 +244,7 @@ class Verdict:
       token: ``[B, D + 1]`` int32, the oracle's choice after each node of the path: these are
         the next tokens of the text, the last one (at index ``accepted``) its own.
       margin: ``[B, D + 1]`` float32, by how much each choice won.
+      slot: ``[B, D + 1]`` int32, where the path lies in the oracle's cache.
     """
 
     evaluated: jax.Array
@@ -247,17 +252,18 @@ class Verdict:
     accepted: jax.Array
     token: jax.Array
     margin: jax.Array
+    slot: jax.Array
 
 
-def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
+def _verify(rnd: Round, tree: TokenTree, cache: KVCache) -> tuple[Verdict, KVCache]:
     """One oracle pass over the best nodes of the tree."""
     width = rnd.capacities.widths[0]
     eligible = tree.valid & (tree.depth >= 0)
     nodes, found = trees.best_nodes(tree.value, eligible, width, rnd.policy.width[0])
     if width == 1:
-        logits, side = _evaluate_root(rnd, tree, side)
+        logits, cache, first = _evaluate_root(rnd, cache)
     else:
-        logits, side = stages.evaluate(rnd, 0, side, tree, nodes, found)
+        logits, cache, first = _evaluate_tree(rnd, tree, cache, nodes, found)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     token, margin = choose(scores(logits, rnd.noise, level, rnd.sampling))
     row, evaluated = trees.row_of(nodes, found, tree.capacity)
@@ -266,13 +272,44 @@ def _verify(rnd: Round, tree: TokenTree, side: Side) -> tuple[Verdict, Side]:
         tree, evaluated, at(token, row), root, rnd.capacities.depth
     )
     on_path = at(row, path)
-    verdict = Verdict(evaluated, path, accepted, at(token, on_path), at(margin, on_path))
-    return verdict, side
+    slot = first[:, None] + on_path
+    verdict = Verdict(evaluated, path, accepted, at(token, on_path), at(margin, on_path), slot)
+    return verdict, cache
 
 
-def _evaluate_root(rnd: Round, tree: TokenTree, side: Side) -> tuple[jax.Array, Side]:
+def _evaluate_tree(
+    rnd: Round, tree: TokenTree, cache: KVCache, nodes: jax.Array, found: jax.Array
+) -> tuple[jax.Array, KVCache, jax.Array]:
+    """A pass over some nodes, each attending to the text and its own ancestors. The path that
+    the last round accepted moves to its final slots, the block follows behind room for it.
+
+    Returns:
+      Logits ``[B, W, V]``, the cache, and ``[B]`` int32, the block's first slot.
+    """
+    assert cache.pending is not None
+    text, first = held(cache), cache.length + cache.pending.shape[1]
+    among = trees.lineage_among(tree, nodes) & found[:, None, :]
+    slots = jnp.arange(rnd.capacities.slots(0))
+    index = slots - first[:, None]
+    own = jnp.take_along_axis(
+        among, jnp.clip(index, 0, nodes.shape[1] - 1)[:, None, :], axis=2, mode="promise_in_bounds"
+    )
+    own &= ((index >= 0) & (index < nodes.shape[1]))[:, None, :]
+    position = jnp.clip(at(rnd.position(tree), nodes), 0, rnd.models[0].config.n_positions - 1)
+    logits, cache = stages.forward(
+        rnd,
+        0,
+        at(tree.token, nodes),
+        position,
+        mask=own | (slots < text[:, None])[:, None, :],
+        cache=cache,
+        offset=cache.length,
+    )
+    return logits, dataclasses.replace(cache, length=text), first
+
+
+def _evaluate_root(rnd: Round, cache: KVCache) -> tuple[jax.Array, KVCache, jax.Array]:
     """Plain decoding's pass: the root goes straight to its final slot, nothing is moved."""
-    cache = side.cache
     position = rnd.length[:, None] - 1
     slots = jnp.arange(rnd.capacities.slots(0))
     logits, cache = stages.forward(
@@ -284,7 +321,7 @@ def _evaluate_root(rnd: Round, tree: TokenTree, side: Side) -> tuple[jax.Array, 
         cache=cache,
         offset=cache.length,
     )
-    return logits, dataclasses.replace(side, cache=cache, passes=side.passes + 1)
+    return logits, cache, cache.length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +361,7 @@ def _emit(state: DecodeState, tree: TokenTree, verdict: Verdict) -> Emitted:
 def _advance(
     rnd: Round,
     state: DecodeState,
+    oracle: KVCache,
     sides: tuple[Side, ...],
     caught_up: jax.Array,
     verdict: Verdict,
@@ -337,17 +375,18 @@ def _advance(
     path = jnp.concatenate(
         [jnp.broadcast_to(jnp.arange(trunk), (batch, trunk)), verdict.path[:, 1:]], axis=1
     )
-    if rnd.capacities.widths[0] == 1:
-        oracle = dataclasses.replace(sides[0].cache, length=length - 1)
+    if oracle.pending is None:
+        oracle = dataclasses.replace(oracle, length=length - 1)
     else:
-        oracle = stages.commit(rnd, sides[0], path, known, length)
-    caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides[1:]))
+        real = jnp.arange(verdict.slot.shape[1]) < emitted.count[:, None]
+        oracle = dataclasses.replace(oracle, pending=jnp.where(real, verdict.slot, -1))
+    caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides))
     trace = Trace(
         origin=_write(state.trace.origin, emitted.origin, state.length),
         margin=_write(state.trace.margin, verdict.margin, state.length),
         length=state.trace.length.at[state.rounds].set(state.length),
         passes=state.trace.passes.at[state.rounds].set(
-            caught_up + jnp.stack([side.passes for side in sides])
+            caught_up + jnp.stack([jnp.int32(1), *(side.passes for side in sides)])
         ),
     )
     return dataclasses.replace(

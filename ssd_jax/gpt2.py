@@ -179,8 +179,12 @@ class Attention(nnx.Module):
             axis = 1 if fused else 2
             if fused:
                 key, value = key[:, : mask.shape[1]], value[:, : mask.shape[1]]
-            key = kv_cache.write(cached[0], key, offset, axis)
-            value = kv_cache.write(cached[1], value, offset, axis)
+            keys, values, moved = cached
+            if moved is not None:
+                key = jnp.concatenate([moved[0], key.astype(self.dtype)], axis)
+                value = jnp.concatenate([moved[1], value.astype(self.dtype)], axis)
+            key = kv_cache.write(keys, key, offset, axis)
+            value = kv_cache.write(values, value, offset, axis)
         attend = self._attend_fused if fused else self._attend
         mixed = attend(query, key, value, mask, rngs).reshape(batch, rows, width)
         out = self.resid_dropout(self.c_proj(mixed), deterministic=rngs is None, rngs=rngs)
@@ -291,7 +295,8 @@ class GPT2(nnx.Module):
           mask: ``[B, T, S]`` bool, which slots each token attends to; causal by default
             (without a cache, where ``S = T``). Required with a cache.
           cache: if given, the block's keys and values are written to it from slot ``offset``
-            on before attending. Its ``length`` is left alone: committing is the caller's.
+            on before attending, or, if it has pending rows, after ``P`` slots for these. Its
+            ``length`` and ``pending`` are left alone: committing is the caller's.
           offset: first slot of the block: a scalar, or ``[B]``.
           rngs: given in training, turns dropout on (stream ``dropout``).
 
@@ -309,9 +314,13 @@ class GPT2(nnx.Module):
             positions = jnp.pad(positions, ((0, 0), (0, spare)))
         x = self.wte[...][tokens].astype(jnp.float32) + self.wpe[...][positions].astype(jnp.float32)
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
-        layers = []
+        layers, moved = [], [None] * len(self.h)
+        if cache is not None and cache.pending is not None:
+            moved = kv_cache.take(cache, jnp.maximum(cache.pending, 0))
         for index, block in enumerate(self.h):
-            cached = None if cache is None else (cache.keys[index], cache.values[index])
+            cached = None
+            if cache is not None:
+                cached = (cache.keys[index], cache.values[index], moved[index])
             with jax.named_scope(f"layer{index}"):
                 x, cached = block(x, mask, cached, offset, rngs)
             layers.append(cached)

@@ -28,13 +28,17 @@ class KVCache:
     Attributes:
       keys: one ``[B, H, S, I]`` array per layer, or ``[B, S, H, I]``.
       values: likewise.
-      length: ``[B]`` int32, committed tokens held by this cache.
+      length: ``[B]`` int32, committed tokens held by this cache in their final slots.
+      pending: ``[B, P]`` int32, scratch slots of the committed tokens that follow, in order, -1
+        past the last of them; or ``None``. The next pass writes them to their final slots
+        together with its own block, which saves two kernels a layer.
       slot_axis: 2, or 1 for slots before heads; static.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length: jax.Array
+    pending: jax.Array | None = None
     slot_axis: int = dataclasses.field(default=2, metadata={"static": True})
 
 
@@ -72,6 +76,29 @@ def write(
     return buffer
 
 
+def held(cache: KVCache) -> jax.Array:
+    """``[B]`` int32, committed tokens in this cache, the pending ones among them."""
+    if cache.pending is None:
+        return cache.length
+    return cache.length + jnp.sum(cache.pending >= 0, axis=1).astype(jnp.int32)
+
+
+def take(cache: KVCache, slots: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Keys and values in ``slots`` ``[B, P]``, for each layer.
+
+    Gathered before anything is overwritten: fused into each row's write, the gather would force
+    a copy of the whole buffer.
+    """
+    axis = cache.slot_axis
+    index = jnp.expand_dims(slots, (3 - axis, 3))
+    rows = [
+        jnp.take_along_axis(buffer, index, axis=axis, mode="promise_in_bounds")
+        for buffer in (*cache.keys, *cache.values)
+    ]
+    rows = lax.optimization_barrier(rows)
+    return list(zip(rows[: len(cache.keys)], rows[len(cache.keys) :], strict=True))
+
+
 def keep(cache: KVCache, slots: jax.Array, count: jax.Array) -> KVCache:
     """Commit accepted rows: move slots ``slots[b, :count[b]]`` to ``length[b]`` and on.
 
@@ -82,18 +109,22 @@ def keep(cache: KVCache, slots: jax.Array, count: jax.Array) -> KVCache:
       count: ``[B]`` int32, how many to keep, ``0 <= count <= P``.
     """
 
-    axis = cache.slot_axis
-    index = jnp.expand_dims(slots, (3 - axis, 3))
+    keys, values = zip(*take(cache, slots), strict=True)
 
-    def move(buffer: jax.Array) -> jax.Array:
-        rows = jnp.take_along_axis(buffer, index, axis=axis, mode="promise_in_bounds")
-        # Gathered before anything is overwritten: fused into each row's write, the gather would
-        # force a copy of the whole buffer.
-        return write(buffer, lax.optimization_barrier(rows), cache.length, axis)
+    def put(buffer: jax.Array, rows: jax.Array) -> jax.Array:
+        return write(buffer, rows, cache.length, cache.slot_axis)
 
     return dataclasses.replace(
         cache,
-        keys=tuple(move(k) for k in cache.keys),
-        values=tuple(move(v) for v in cache.values),
+        keys=tuple(map(put, cache.keys, keys)),
+        values=tuple(map(put, cache.values, values)),
         length=cache.length + count,
     )
+
+
+def settle(cache: KVCache) -> KVCache:
+    """Move the pending rows, if any, and expect no more."""
+    if cache.pending is None:
+        return cache
+    moved = keep(cache, jnp.maximum(cache.pending, 0), held(cache) - cache.length)
+    return dataclasses.replace(moved, pending=None)

@@ -145,6 +145,12 @@ def best_nodes(
     return nodes.astype(jnp.int32), found
 
 
+def lineage_among(tree: TokenTree, nodes: jax.Array) -> jax.Array:
+    """``[B, W, W]`` bool: of some ``nodes`` ``[B, W]``, is the second the first or above it."""
+    row = jnp.take_along_axis(tree.ancestors, nodes[:, :, None], 1, mode="promise_in_bounds")
+    return jnp.take_along_axis(row, nodes[:, None, :], 2, mode="promise_in_bounds")
+
+
 def row_of(nodes: jax.Array, found: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Inverse of a selection: for each node its row in ``nodes``, and whether it has one.
 
