@@ -269,23 +269,28 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     logits, side = evaluate(rnd, stage, side, tree, nodes, found)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     scored = scores(logits, rnd.noise, level, rnd.sampling)
-    log_prob = jax.nn.log_softmax(scored / rnd.tau(stage)[:, None, None], axis=-1)
+    scored /= rnd.tau(stage)[:, None, None]
+    total = jax.nn.logsumexp(scored, axis=-1)
 
     # Nodes that a better stage has expanded were evaluated for their keys and values only.
     ours = found & (at(tree.expanded, nodes) > stage)
-    tree = _revalue(tree, nodes, ours, log_prob)
-    best, token = lax.top_k(log_prob, min(branch, log_prob.shape[-1]))
+    tree = _revalue(tree, nodes, ours, scored, total)
+    best, token = lax.top_k(scored, min(branch, scored.shape[-1]))
+    best -= total[:, :, None]
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     tree = _add_children(rnd, tree, nodes, token, jnp.where(allowed, best, -jnp.inf), stage)
     return trees.mark_expanded(tree, nodes, ours, stage), side
 
 
-def _revalue(tree: TokenTree, nodes: jax.Array, ours: jax.Array, log_prob: jax.Array) -> TokenTree:
-    """Give the existing children of ``nodes`` the probabilities ``log_prob`` ``[B, W, V]``."""
+def _revalue(
+    tree: TokenTree, nodes: jax.Array, ours: jax.Array, scored: jax.Array, total: jax.Array
+) -> TokenTree:
+    """Give the existing children of ``nodes`` the softmax of ``scored`` ``[B, W, V]``, of which
+    ``total`` ``[B, W]`` is the ``logsumexp``."""
     row, hit = trees.row_of(nodes, ours, tree.capacity)
-    batch, _, vocab = log_prob.shape
-    index = at(row, tree.parent) * vocab + tree.token
-    fresh = _take(log_prob.reshape(batch, -1), index, axis=1)
+    batch, _, vocab = scored.shape
+    row = at(row, tree.parent)
+    fresh = _take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1) - at(total, row)
     mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
     # A child that this stage rules out altogether stays, at a floor: a slot is never vacated.
     fresh = jnp.maximum(fresh, -1e4)

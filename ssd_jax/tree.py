@@ -32,35 +32,61 @@ UNEXPANDED = 127
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTree:
-    """All fields have a leading ``[B, N]``.
+    """Fields of nodes are ``[B, N]``; a loop carries them as the rows of two arrays, since it
+    copies each array it carries.
 
     Attributes:
-      token: int32 token ids.
-      parent: int32 node index, ``NO_PARENT`` for trunk nodes.
-      depth: int32; 0 at the root, negative in the trunk.
-      log_prob: float32 conditional log-probability given the parent; 0 in the trunk and minus
-        infinity for empty slots.
-      value: float32 log-probability of the path; minus infinity for empty slots.
-      origin: int32 stage that proposed the node (0 is the oracle: the trunk).
-      expanded: int32 index of the best stage that gave the node its children so far,
-        ``UNEXPANDED`` if none did. Stages are numbered from the oracle, 0, downwards.
+      whole: ``[B, 5, N]`` int32 rows ``token``, ``parent``, ``depth``, ``origin``, ``expanded``.
+      real: ``[B, 2, N]`` float32 rows ``log_prob`` and ``value``.
       ancestors: ``[B, N, N]`` bool, ``ancestors[b, i, j]``: node j is i or an ancestor of i.
       count: ``[B]`` int32, slots in use.
     """
 
-    token: jax.Array
-    parent: jax.Array
-    depth: jax.Array
-    log_prob: jax.Array
-    value: jax.Array
-    origin: jax.Array
-    expanded: jax.Array
+    whole: jax.Array
+    real: jax.Array
     ancestors: jax.Array
     count: jax.Array
 
     @property
+    def token(self) -> jax.Array:
+        """Token ids."""
+        return self.whole[:, 0]
+
+    @property
+    def parent(self) -> jax.Array:
+        """Node index, ``NO_PARENT`` for trunk nodes."""
+        return self.whole[:, 1]
+
+    @property
+    def depth(self) -> jax.Array:
+        """0 at the root, negative in the trunk."""
+        return self.whole[:, 2]
+
+    @property
+    def origin(self) -> jax.Array:
+        """The stage that proposed the node (0 is the oracle: the trunk)."""
+        return self.whole[:, 3]
+
+    @property
+    def expanded(self) -> jax.Array:
+        """Index of the best stage that gave the node its children so far, ``UNEXPANDED`` if none
+        did. Stages are numbered from the oracle, 0, downwards."""
+        return self.whole[:, 4]
+
+    @property
+    def log_prob(self) -> jax.Array:
+        """Conditional log-probability given the parent; 0 in the trunk and minus infinity for
+        empty slots."""
+        return self.real[:, 0]
+
+    @property
+    def value(self) -> jax.Array:
+        """Log-probability of the path; minus infinity for empty slots."""
+        return self.real[:, 1]
+
+    @property
     def capacity(self) -> int:
-        return self.token.shape[1]
+        return self.whole.shape[2]
 
     @property
     def valid(self) -> jax.Array:
@@ -82,16 +108,18 @@ def plant(trunk: jax.Array, length: jax.Array, capacity: int) -> TokenTree:
     depth = jnp.broadcast_to(node - (size - 1), (batch, capacity))
     real = (node < size) & (depth + length[:, None] > 0)
     chain = (node[:, None] >= node[None, :]) & real[:, None, :] & real[:, :, None]
+    fields = [
+        jnp.pad(trunk, ((0, 0), (0, capacity - size))),
+        jnp.full((batch, capacity), NO_PARENT),
+        jnp.where(node < size, depth, 0),
+        jnp.zeros((batch, capacity), jnp.int32),
+        # Only the root may be given children; the rest of the trunk has its only one.
+        jnp.broadcast_to(jnp.where(node < size - 1, -1, UNEXPANDED), (batch, capacity)),
+    ]
     empty = jnp.where(real, 0.0, -jnp.inf)
     return TokenTree(
-        token=jnp.pad(trunk, ((0, 0), (0, capacity - size))),
-        parent=jnp.full((batch, capacity), NO_PARENT, jnp.int32),
-        depth=jnp.where(node < size, depth, 0).astype(jnp.int32),
-        log_prob=empty,
-        value=empty,
-        origin=jnp.zeros((batch, capacity), jnp.int32),
-        # Only the root may be given children; the rest of the trunk has its only one.
-        expanded=jnp.full((batch, capacity), UNEXPANDED, jnp.int32).at[:, : size - 1].set(-1),
+        whole=jnp.stack(fields, axis=1).astype(jnp.int32),
+        real=jnp.stack([empty, empty], axis=1),
         ancestors=chain,
         count=jnp.full((batch,), size, jnp.int32),
     )
@@ -114,7 +142,7 @@ def revalue(tree: TokenTree, log_prob: jax.Array) -> TokenTree:
     sums = jnp.where(tree.valid, jnp.sum(terms, axis=-1), -jnp.inf)
     lowest = jnp.min(jnp.where(tree.ancestors, sums[:, None, :], jnp.inf), axis=-1)
     value = jnp.where(tree.valid, lowest, -jnp.inf)
-    return dataclasses.replace(tree, log_prob=log_prob, value=value)
+    return dataclasses.replace(tree, real=jnp.stack([log_prob, value], axis=1))
 
 
 def best_nodes(
@@ -198,15 +226,19 @@ def insert(
     above = jnp.clip(parents, 0)[:, :, None]
     lineage = jnp.take_along_axis(tree.ancestors, above, axis=1, mode="promise_in_bounds")
     lineage |= jnp.eye(tree.capacity, dtype=bool)
+    whole = [
+        put(tree.token, token),
+        parents,
+        jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
+        jnp.where(new, stage, tree.origin),
+        tree.expanded,
+    ]
+    # No child's sum exceeds its parent's value: log-probabilities are at most 0.
+    value = at(tree.value, parent) + jnp.minimum(log_prob, 0.0)
+    real = [put(tree.log_prob, log_prob), put(tree.value, value)]
     return TokenTree(
-        token=put(tree.token, token),
-        parent=parents,
-        depth=jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
-        log_prob=put(tree.log_prob, log_prob),
-        # No child's sum exceeds its parent's value: log-probabilities are at most 0.
-        value=put(tree.value, at(tree.value, parent) + jnp.minimum(log_prob, 0.0)),
-        origin=jnp.where(new, stage, tree.origin),
-        expanded=tree.expanded,
+        whole=jnp.stack(whole, axis=1),
+        real=jnp.stack(real, axis=1),
         ancestors=jnp.where(new[:, :, None], lineage, tree.ancestors),
         count=tree.count + jnp.sum(new, axis=1).astype(jnp.int32),
     )
@@ -215,8 +247,9 @@ def insert(
 def mark_expanded(tree: TokenTree, nodes: jax.Array, found: jax.Array, stage: int) -> TokenTree:
     """Record that ``stage`` gave these nodes their children."""
     _, hit = row_of(nodes, found, tree.capacity)
-    expanded = jnp.where(hit, jnp.minimum(tree.expanded, stage), tree.expanded)
-    return dataclasses.replace(tree, expanded=expanded)
+    row = jnp.arange(tree.whole.shape[1])[:, None] == 4
+    marked = jnp.where(hit[:, None] & row, jnp.minimum(tree.whole, stage), tree.whole)
+    return dataclasses.replace(tree, whole=marked)
 
 
 def accepted_path(
