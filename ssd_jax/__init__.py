@@ -11,6 +11,7 @@ Array axes, in every signature and docstring of this package:
   F  end-of-text ids       R  rounds on record             S' slots of the text buffer
 """
 
+from ssd_jax import xla_flags as _xla_flags
 from ssd_jax.errors import SsdError as SsdError
 from ssd_jax.generate import GenerationResult as GenerationResult
 from ssd_jax.generate import Stats as Stats
@@ -21,3 +22,6 @@ from ssd_jax.generate import generate as generate
 from ssd_jax.plan import Plan as Plan
 from ssd_jax.stack import Stack as Stack
 from ssd_jax.stack import load as load
+
+# XLA reads its options once, when the first backend starts, which no import does.
+_xla_flags.ask_for_one_graph()

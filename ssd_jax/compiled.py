@@ -30,6 +30,8 @@ gpu_device_info {
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
   device_memory_size: 150000000000
+  driver_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
   cuda_compute_capability { major: 9 minor: 0 }
 }
 platform_name: "CUDA"
@@ -56,6 +58,8 @@ gpu_device_info {
   l2_cache_size: 75497472
   clock_rate_ghz: 2.52
   device_memory_size: 25757220864
+  driver_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
   cuda_compute_capability { major: 8 minor: 9 }
 }
 platform_name: "CUDA"
@@ -74,8 +78,8 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # Instructions that launch nothing: they name, group or view what others have computed, or they
 # are control flow, whose own computations are counted instead.
 _NO_KERNEL = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id opt-barrier "
-    "while conditional call copy-done".split()
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
+    + ("partition-id", "opt-barrier", "copy-done")
 )
 _CONTROL = frozenset(("while", "conditional", "call"))
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -180,31 +184,49 @@ class Kernel:
     scope: str
 
 
-def main_loop(hlo: str) -> tuple[list[Kernel], int]:
-    """What one trip of a program's largest outermost ``while`` loop launches.
+@dataclasses.dataclass(frozen=True)
+class MainLoop:
+    """A program's outermost ``while`` loop.
 
-    Condition and body count, loops inside them with condition and body once however often they
-    run, and both branches of conditionals although only one runs.
+    Attributes:
+      name: of the instruction.
+      kernels: what one trip launches: condition and body; loops inside them with condition and
+        body once, however often they run; and both branches of conditionals, of which one runs.
+      control: loops and conditionals inside, which are no kernels here (in a CUDA graph each is a
+        node of its own).
+    """
 
-    Returns:
-      The kernels, and the number of loops and conditionals inside, which are no kernels here
-      (inside a CUDA graph each is a node of its own).
+    name: str
+    kernels: list[Kernel]
+    control: int
+
+
+def main_loop(hlo: str) -> MainLoop:
+    """The outermost loop that launches most.
 
     Raises:
-      ValueError: there is no loop outside of other loops.
+      ValueError: the program has no loop.
     """
-    every = computations(hlo)
-    inside = loop_bodies(hlo)
-    loops = [
-        _launched(every, called([line]))
-        for name, lines in every.items()
-        if name not in inside
-        for line in lines
-        if " while(" in line
-    ]
+    every, inside = computations(hlo), loop_bodies(hlo)
+    loops = []
+    for line in (line for name in every if name not in inside for line in every[name]):
+        match = _INSTRUCTION.match(line)
+        if match is not None and match.group(4) == "while":
+            loops.append(MainLoop(match.group(2), *_launched(every, called([line]))))
     if not loops:
         raise ValueError("the program has no loop")
-    return max(loops, key=lambda found: len(found[0]))
+    return max(loops, key=lambda loop: len(loop.kernels))
+
+
+def in_a_graph(log: str, name: str) -> bool:
+    """Whether an instruction became part of a CUDA graph.
+
+    Args:
+      log: what XLA writes with ``TF_CPP_VMODULE=command_buffer_conversion_pass=2``.
+      name: of the instruction.
+    """
+    graphs = re.findall(r"Creating command buffer thunk with the following thunks: (.*)", log)
+    return any(name in graph.split(", ") for graph in graphs)
 
 
 def _launched(every: dict[str, list[str]], names: Iterable[str]) -> tuple[list[Kernel], int]:

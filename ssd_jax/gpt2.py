@@ -25,8 +25,8 @@ from ssd_jax import kv_cache
 from ssd_jax.errors import ConfigError
 from ssd_jax.kv_cache import KVCache
 
-import os
-PAD=int(os.environ.get("PAD","16"))
+# A tile of a tensor core: fewer rows cost as much on a GPU, and in more kernels.
+_FUSED_ROWS = 16
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
@@ -173,12 +173,12 @@ class Attention(nnx.Module):
         qkv = self.c_attn(x).reshape(batch, rows, 3, self.heads, width // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
         fused = cached is not None and self.attention != "einsum"
-        if not fused:
+        if fused:  # rows that only fill a tile have no keys
+            key, value = key[:, : mask.shape[1]], value[:, : mask.shape[1]]
+        else:
             query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         if cached is not None:
             axis = 1 if fused else 2
-            if fused:
-                key, value = key[:, : mask.shape[1]], value[:, : mask.shape[1]]
             keys, values, moved = cached
             if moved is not None:
                 key = jnp.concatenate([moved[0], key.astype(self.dtype)], axis)
@@ -247,6 +247,10 @@ class GPT2(nnx.Module):
       config: the architecture.
       dtype: operand type of every matrix product, and of the KV cache.
       param_dtype: storage type of embeddings and kernels; layer norms and biases stay float32.
+      attention: of passes with a cache. ``einsum``, with ``[B, H, S, I]`` caches, is XLA's own;
+        ``cudnn`` is one fused kernel (:func:`jax.nn.dot_product_attention`; 16-bit operands on an
+        NVIDIA GPU only), with ``[B, S, H, I]`` caches; ``xla`` is the latter's arithmetic in that
+        layout anywhere. By default what suits the backend.
       rngs: initial weights are drawn from ``rngs.params``.
     """
 
@@ -261,7 +265,7 @@ class GPT2(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.attention = attention or "einsum"
+        self.attention = attention or _default_attention(config, self.dtype)
         kinds = dict(dtype=self.dtype, param_dtype=jnp.dtype(param_dtype), rngs=rngs)
         init = nnx.initializers.normal(config.initializer_range)
 
@@ -309,7 +313,7 @@ class GPT2(nnx.Module):
         if mask is None:
             mask = jnp.broadcast_to(jnp.tri(rows, dtype=bool), (batch, rows, rows))
         if cache is not None and self.attention != "einsum":
-            spare = max(PAD - rows, 0)
+            spare = max(_FUSED_ROWS - rows, 0)
             tokens = jnp.pad(tokens, ((0, 0), (0, spare)))
             positions = jnp.pad(positions, ((0, 0), (0, spare)))
         x = self.wte[...][tokens].astype(jnp.float32) + self.wpe[...][positions].astype(jnp.float32)
@@ -336,6 +340,11 @@ class GPT2(nnx.Module):
         c = self.config
         axis = 2 if self.attention == "einsum" else 1
         return kv_cache.init(c.n_layer, batch, c.n_head, slots, c.head_dim, self.dtype, axis)
+
+
+def _default_attention(config: GPT2Config, dtype) -> str:
+    fits = dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return "cudnn" if fits and jax.default_backend() == "gpu" else "einsum"
 
 
 def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
