@@ -85,13 +85,11 @@ class Side:
     Attributes:
       cache: its KV cache.
       slot: ``[B, N]`` int32, the cache slot of each node it has evaluated, else -1.
-      owner: ``[B, Z]`` int32, the node held by each scratch slot, else -1.
       passes: int32, passes made in this round.
     """
 
     cache: KVCache
     slot: jax.Array
-    owner: jax.Array
     passes: jax.Array
 
 
@@ -142,13 +140,7 @@ def begin(rnd: Round, model: int, cache: KVCache, tree: TokenTree) -> Side:
     """A model's side of a freshly planted tree: it has seen the trunk up to its length."""
     position = rnd.position(tree)
     seen = tree.valid & (position < cache.length[:, None])
-    scratch = rnd.capacities.scratch(model)
-    return Side(
-        cache=cache,
-        slot=jnp.where(seen, position, -1),
-        owner=jnp.full((position.shape[0], scratch), -1, jnp.int32),
-        passes=jnp.int32(0),
-    )
+    return Side(cache=cache, slot=jnp.where(seen, position, -1), passes=jnp.int32(0))
 
 
 def evaluate(
@@ -170,9 +162,11 @@ def evaluate(
     width = nodes.shape[1]
     text = rnd.capacities.text
     first = side.passes * width
-    owner = lax.dynamic_update_slice_in_dim(side.owner, jnp.where(found, nodes, -1), first, axis=1)
+    rows, hit = trees.row_of(nodes, found, tree.capacity)
+    slot = jnp.where(hit, text + first + rows, side.slot)
     lineage = _take(tree.ancestors, nodes[:, :, None], axis=1)
-    block = _take(lineage, jnp.clip(owner, 0)[:, None, :], axis=2) & (owner >= 0)[:, None, :]
+    scratch = text + jnp.arange(rnd.capacities.scratch(model))
+    block = jnp.any(lineage[:, :, None, :] & (slot[:, None, :] == scratch[:, None])[:, None], -1)
     committed = jnp.arange(text) < side.cache.length[:, None, None]
     committed = jnp.broadcast_to(committed, (*nodes.shape, text))
     network = rnd.models[model]
@@ -186,9 +180,7 @@ def evaluate(
         cache=side.cache,
         offset=text + first,
     )
-    rows, hit = trees.row_of(nodes, found, tree.capacity)
-    slot = jnp.where(hit, text + first + rows, side.slot)
-    return logits, Side(cache, slot, owner, side.passes + 1)
+    return logits, Side(cache, slot, side.passes + 1)
 
 
 def commit(rnd: Round, side: Side, path: jax.Array, known: jax.Array, length: jax.Array) -> KVCache:
@@ -269,28 +261,27 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     logits, side = evaluate(rnd, stage, side, tree, nodes, found)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     scored = scores(logits, rnd.noise, level, rnd.sampling)
-    scored /= rnd.tau(stage)[:, None, None]
-    total = jax.nn.logsumexp(scored, axis=-1)
+    tau = rnd.tau(stage)[:, None, None]
+    total = jax.nn.logsumexp(scored / tau, axis=-1)
 
     # Nodes that a better stage has expanded were evaluated for their keys and values only.
     ours = found & (at(tree.expanded, nodes) > stage)
-    tree = _revalue(tree, nodes, ours, scored, total)
+    tree = _revalue(tree, nodes, ours, scored, tau, total)
     best, token = lax.top_k(scored, min(branch, scored.shape[-1]))
-    best -= total[:, :, None]
+    best = best / tau - total[:, :, None]
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     tree = _add_children(rnd, tree, nodes, token, jnp.where(allowed, best, -jnp.inf), stage)
     return trees.mark_expanded(tree, nodes, ours, stage), side
 
 
-def _revalue(
-    tree: TokenTree, nodes: jax.Array, ours: jax.Array, scored: jax.Array, total: jax.Array
-) -> TokenTree:
-    """Give the existing children of ``nodes`` the softmax of ``scored`` ``[B, W, V]``, of which
-    ``total`` ``[B, W]`` is the ``logsumexp``."""
+def _revalue(tree: TokenTree, nodes, ours, scored, tau, total) -> TokenTree:
+    """Give the existing children of ``nodes`` the softmax of ``scored`` ``[B, W, V]`` over
+    ``tau``, of which ``total`` ``[B, W]`` is the ``logsumexp``."""
     row, hit = trees.row_of(nodes, ours, tree.capacity)
     batch, _, vocab = scored.shape
     row = at(row, tree.parent)
-    fresh = _take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1) - at(total, row)
+    fresh = _take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1)
+    fresh = fresh / tau[:, 0] - at(total, row)
     mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
     # A child that this stage rules out altogether stays, at a floor: a slot is never vacated.
     fresh = jnp.maximum(fresh, -1e4)

@@ -240,7 +240,7 @@ def insert(
         whole=jnp.stack(whole, axis=1),
         real=jnp.stack(real, axis=1),
         ancestors=jnp.where(new[:, :, None], lineage, tree.ancestors),
-        count=tree.count + jnp.sum(new, axis=1).astype(jnp.int32),
+        count=jnp.minimum(slot[:, -1] + 1, tree.capacity).astype(jnp.int32),
     )
 
 
