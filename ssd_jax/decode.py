@@ -157,7 +157,7 @@ def prefill(
 
     Arguments as for :func:`decode`. Drafts catch up in the rounds, as they may fall behind.
     """
-    rnd = _round(models, tables, state, sampling, policy, capacities)
+    rnd = new_round(models, tables, state, sampling, policy, capacities)
     oracle, _ = stages.catch_up(rnd, 0, settle(state.caches[0]), backlog=1)
     if capacities.widths[0] > 1:
         path = (state.length.shape[0], capacities.depth + 1)
@@ -189,7 +189,7 @@ def observed_step(
     capacities: Capacities,
 ) -> tuple[DecodeState, TokenTree, Verdict]:
     """:func:`speculative_step`, with the tree that was drafted and what became of it."""
-    rnd = _round(models, tables, state, sampling, policy, capacities)
+    rnd = new_round(models, tables, state, sampling, policy, capacities)
     caches, caught_up = _catch_up(rnd, state)
     tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
     sides = tuple(stages.begin(rnd, i, caches[i], tree) for i in range(1, len(models)))
@@ -199,7 +199,15 @@ def observed_step(
     return _advance(rnd, state, oracle, sides, caught_up, verdict, emitted), tree, verdict
 
 
-def _round(models, tables, state: DecodeState, sampling, policy, capacities) -> Round:
+def new_round(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+) -> Round:
+    """What the stages look at in the round that follows ``state``."""
     levels = jnp.arange(capacities.depth + 1)
     return Round(
         models=models,

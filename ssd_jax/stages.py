@@ -218,12 +218,14 @@ def grow(
     draft = stage - 1
     threshold = rnd.policy.threshold[draft]
 
-    def worthwhile(done, tree, sides) -> jax.Array:
+    begun = sides[draft].passes
+
+    def worthwhile(tree, sides) -> jax.Array:
         best = jnp.where(_open(rnd, stage, tree, sides[draft]), tree.value, -jnp.inf)
         room = sides[draft].passes < rnd.capacities.passes[stage]
         # An empty tree's best is minus infinity, which is no pass even at threshold 0.
         worth = jnp.any((best >= threshold) & (best > -jnp.inf))
-        return (done < rnd.policy.rounds[draft]) & room & worth
+        return (sides[draft].passes - begun < rnd.policy.rounds[draft]) & room & worth
 
     def one_pass(carry):
         _, tree, sides = carry
@@ -231,16 +233,16 @@ def grow(
         return jnp.bool(False), tree, (*sides[:draft], side, *sides[draft + 1 :])
 
     def one_round(carry):
-        done, _, tree, sides = carry
+        _, tree, sides = carry
         tree, sides = grow(rnd, stage + 1, tree, sides)
-        more = worthwhile(done, tree, sides)
+        more = worthwhile(tree, sides)
         # A loop of at most one trip: a conditional would copy the cache, and leaving the lower
         # stages' last turn to after the loop would compile them twice.
         _, tree, sides = lax.while_loop(lambda carry: carry[0], one_pass, (more, tree, sides))
-        return done + 1, more, tree, sides
+        return more, tree, sides
 
-    carry = (jnp.int32(0), jnp.bool(True), tree, sides)
-    _, _, tree, sides = lax.while_loop(lambda carry: carry[1], one_round, carry)
+    carry = (jnp.bool(True), tree, sides)
+    _, tree, sides = lax.while_loop(lambda carry: carry[0], one_round, carry)
     return tree, sides
 
 
@@ -368,18 +370,16 @@ def _noise_of(rnd: Round, level: jax.Array, token: jax.Array) -> jax.Array:
 def _katz_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
     """Value of trigram continuations: softmax of their perturbed scores, with the mass that is
     not listed as one more entry."""
-    listed = jnp.sum(jnp.exp(log_prob), axis=-1, keepdims=True)
-    rest = jnp.log(jnp.maximum(1.0 - listed, 1e-6))
+    rest = jnp.log(jnp.maximum(1.0 - jnp.sum(jnp.exp(log_prob), axis=-1, keepdims=True), 1e-6))
     temperature = rnd.sampling.temperature[:, None, None]
     sampled = temperature > 0
     divisor = jnp.where(sampled, temperature, 1.0)
-    perturbed = jnp.concatenate(
-        [log_prob / divisor + _noise_of(rnd, level, token), rest / divisor + _EULER], axis=-1
-    )
-    plain = jnp.concatenate([log_prob, rest], axis=-1)
     tau = rnd.tau(len(rnd.models))[:, None, None]
-    score = jnp.where(sampled, perturbed, plain) / tau
-    return jax.nn.log_softmax(score, axis=-1)[:, :, :-1]
+    noise = _noise_of(rnd, level, token)
+    score = jnp.where(sampled, log_prob / divisor + noise, log_prob) / tau
+    other = jnp.where(sampled, rest / divisor + _EULER, rest) / tau
+    listed = jax.nn.logsumexp(score, axis=-1, keepdims=True)
+    return score - jnp.logaddexp(listed, other)
 
 
 def _win_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
