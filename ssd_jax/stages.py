@@ -217,15 +217,14 @@ def grow(
         return (tree if rnd.capacities.ngram is None else _grow_ngram(rnd, tree)), sides
     draft = stage - 1
     threshold = rnd.policy.threshold[draft]
-
     begun = sides[draft].passes
 
     def worthwhile(tree, sides) -> jax.Array:
         best = jnp.where(_open(rnd, stage, tree, sides[draft]), tree.value, -jnp.inf)
         room = sides[draft].passes < rnd.capacities.passes[stage]
+        room &= sides[draft].passes - begun < rnd.policy.rounds[draft]
         # An empty tree's best is minus infinity, which is no pass even at threshold 0.
-        worth = jnp.any((best >= threshold) & (best > -jnp.inf))
-        return (sides[draft].passes - begun < rnd.policy.rounds[draft]) & room & worth
+        return jnp.any(room & (best >= threshold) & (best > -jnp.inf))
 
     def one_pass(carry):
         _, tree, sides = carry

@@ -24,6 +24,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 NO_PARENT = -1
 UNEXPANDED = 127
@@ -32,61 +33,70 @@ UNEXPANDED = 127
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTree:
-    """Fields of nodes are ``[B, N]``; a loop carries them as the rows of two arrays, since it
-    copies each array it carries.
+    """Fields of nodes are ``[B, N]``. They lie in the rows of one array, since a GPU spends a
+    kernel on every array that a loop carries.
 
     Attributes:
-      whole: ``[B, 5, N]`` int32 rows ``token``, ``parent``, ``depth``, ``origin``, ``expanded``.
-      real: ``[B, 2, N]`` float32 rows ``log_prob`` and ``value``.
+      fields: ``[B, 8, N]`` int32 rows ``token``, ``parent``, ``depth``, ``origin``, ``expanded``,
+        ``count``, and the bits of ``log_prob`` and ``value``.
       ancestors: ``[B, N, N]`` bool, ``ancestors[b, i, j]``: node j is i or an ancestor of i.
-      count: ``[B]`` int32, slots in use.
     """
 
-    whole: jax.Array
-    real: jax.Array
+    fields: jax.Array
     ancestors: jax.Array
-    count: jax.Array
+
+    @classmethod
+    def of(cls, ancestors: jax.Array, *whole: jax.Array, log_prob, value) -> TokenTree:
+        """A tree of its int32 rows in order, its float32 rows and its ancestors."""
+        real = (lax.bitcast_convert_type(row, jnp.int32) for row in (log_prob, value))
+        rows = [jnp.broadcast_to(row, log_prob.shape).astype(jnp.int32) for row in (*whole, *real)]
+        return cls(jnp.stack(rows, axis=1), ancestors)
 
     @property
     def token(self) -> jax.Array:
         """Token ids."""
-        return self.whole[:, 0]
+        return self.fields[:, 0]
 
     @property
     def parent(self) -> jax.Array:
         """Node index, ``NO_PARENT`` for trunk nodes."""
-        return self.whole[:, 1]
+        return self.fields[:, 1]
 
     @property
     def depth(self) -> jax.Array:
         """0 at the root, negative in the trunk."""
-        return self.whole[:, 2]
+        return self.fields[:, 2]
 
     @property
     def origin(self) -> jax.Array:
         """The stage that proposed the node (0 is the oracle: the trunk)."""
-        return self.whole[:, 3]
+        return self.fields[:, 3]
 
     @property
     def expanded(self) -> jax.Array:
         """Index of the best stage that gave the node its children so far, ``UNEXPANDED`` if none
         did. Stages are numbered from the oracle, 0, downwards."""
-        return self.whole[:, 4]
+        return self.fields[:, 4]
 
     @property
     def log_prob(self) -> jax.Array:
         """Conditional log-probability given the parent; 0 in the trunk and minus infinity for
         empty slots."""
-        return self.real[:, 0]
+        return lax.bitcast_convert_type(self.fields[:, 6], jnp.float32)
 
     @property
     def value(self) -> jax.Array:
         """Log-probability of the path; minus infinity for empty slots."""
-        return self.real[:, 1]
+        return lax.bitcast_convert_type(self.fields[:, 7], jnp.float32)
+
+    @property
+    def count(self) -> jax.Array:
+        """``[B]`` int32, slots in use."""
+        return self.fields[:, 5, 0]
 
     @property
     def capacity(self) -> int:
-        return self.whole.shape[2]
+        return self.fields.shape[2]
 
     @property
     def valid(self) -> jax.Array:
@@ -108,20 +118,18 @@ def plant(trunk: jax.Array, length: jax.Array, capacity: int) -> TokenTree:
     depth = jnp.broadcast_to(node - (size - 1), (batch, capacity))
     real = (node < size) & (depth + length[:, None] > 0)
     chain = (node[:, None] >= node[None, :]) & real[:, None, :] & real[:, :, None]
-    fields = [
-        jnp.pad(trunk, ((0, 0), (0, capacity - size))),
-        jnp.full((batch, capacity), NO_PARENT),
-        jnp.where(node < size, depth, 0),
-        jnp.zeros((batch, capacity), jnp.int32),
-        # Only the root may be given children; the rest of the trunk has its only one.
-        jnp.broadcast_to(jnp.where(node < size - 1, -1, UNEXPANDED), (batch, capacity)),
-    ]
     empty = jnp.where(real, 0.0, -jnp.inf)
-    return TokenTree(
-        whole=jnp.stack(fields, axis=1).astype(jnp.int32),
-        real=jnp.stack([empty, empty], axis=1),
-        ancestors=chain,
-        count=jnp.full((batch,), size, jnp.int32),
+    return TokenTree.of(
+        chain,
+        jnp.pad(trunk, ((0, 0), (0, capacity - size))),
+        jnp.int32(NO_PARENT),
+        jnp.where(node < size, depth, 0),
+        jnp.int32(0),
+        # Only the root may be given children; the rest of the trunk has its only one.
+        jnp.where(node < size - 1, -1, UNEXPANDED),
+        jnp.int32(size),
+        log_prob=empty,
+        value=empty,
     )
 
 
@@ -142,7 +150,8 @@ def revalue(tree: TokenTree, log_prob: jax.Array) -> TokenTree:
     sums = jnp.where(tree.valid, jnp.sum(terms, axis=-1), -jnp.inf)
     lowest = jnp.min(jnp.where(tree.ancestors, sums[:, None, :], jnp.inf), axis=-1)
     value = jnp.where(tree.valid, lowest, -jnp.inf)
-    return dataclasses.replace(tree, real=jnp.stack([log_prob, value], axis=1))
+    whole = (tree.fields[:, row] for row in range(6))
+    return TokenTree.of(tree.ancestors, *whole, log_prob=log_prob, value=value)
 
 
 def best_nodes(
@@ -226,30 +235,27 @@ def insert(
     above = jnp.clip(parents, 0)[:, :, None]
     lineage = jnp.take_along_axis(tree.ancestors, above, axis=1, mode="promise_in_bounds")
     lineage |= jnp.eye(tree.capacity, dtype=bool)
-    whole = [
+    # No child's sum exceeds its parent's value: log-probabilities are at most 0.
+    value = at(tree.value, parent) + jnp.minimum(log_prob, 0.0)
+    return TokenTree.of(
+        jnp.where(new[:, :, None], lineage, tree.ancestors),
         put(tree.token, token),
         parents,
         jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
         jnp.where(new, stage, tree.origin),
         tree.expanded,
-    ]
-    # No child's sum exceeds its parent's value: log-probabilities are at most 0.
-    value = at(tree.value, parent) + jnp.minimum(log_prob, 0.0)
-    real = [put(tree.log_prob, log_prob), put(tree.value, value)]
-    return TokenTree(
-        whole=jnp.stack(whole, axis=1),
-        real=jnp.stack(real, axis=1),
-        ancestors=jnp.where(new[:, :, None], lineage, tree.ancestors),
-        count=jnp.minimum(slot[:, -1] + 1, tree.capacity).astype(jnp.int32),
+        jnp.minimum(slot[:, -1:] + 1, tree.capacity),
+        log_prob=put(tree.log_prob, log_prob),
+        value=put(tree.value, value),
     )
 
 
 def mark_expanded(tree: TokenTree, nodes: jax.Array, found: jax.Array, stage: int) -> TokenTree:
     """Record that ``stage`` gave these nodes their children."""
     _, hit = row_of(nodes, found, tree.capacity)
-    row = jnp.arange(tree.whole.shape[1])[:, None] == 4
-    marked = jnp.where(hit[:, None] & row, jnp.minimum(tree.whole, stage), tree.whole)
-    return dataclasses.replace(tree, whole=marked)
+    row = jnp.arange(tree.fields.shape[1])[:, None] == 4
+    marked = jnp.where(hit[:, None] & row, jnp.minimum(tree.fields, stage), tree.fields)
+    return dataclasses.replace(tree, fields=marked)
 
 
 def accepted_path(
