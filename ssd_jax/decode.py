@@ -267,14 +267,15 @@ def _verify(rnd: Round, tree: TokenTree, cache: KVCache) -> tuple[Verdict, KVCac
     """One oracle pass over the best nodes of the tree."""
     width = rnd.capacities.widths[0]
     eligible = tree.valid & (tree.depth >= 0)
-    nodes, found = trees.best_nodes(tree.value, eligible, width, rnd.policy.width[0])
+    best = (tree.value, eligible, width, rnd.policy.width[0])
+    nodes, found = trees.best_nodes(*best)
     if width == 1:
         logits, cache, first = _evaluate_root(rnd, cache)
     else:
         logits, cache, first = _evaluate_tree(rnd, tree, cache, nodes, found)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     token, margin = choose(scores(logits, rnd.noise, level, rnd.sampling))
-    row, evaluated = trees.row_of(nodes, found, tree.capacity)
+    row, evaluated = trees.rows_of_best(*best)
     root = rnd.capacities.trunk - 1
     path, accepted = trees.accepted_path(
         tree, evaluated, at(token, row), root, rnd.capacities.depth

@@ -112,10 +112,10 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
     goal = jnp.minimum(rnd.length - 1, network.config.n_positions)
     behind = rnd.active & (rnd.length - cache.length > backlog) & (cache.length < goal)
     goal = jnp.where(behind, goal, cache.length)
-    slots = jnp.arange(rnd.capacities.slots(model))
 
     def step(carry):
         cache, passes = carry
+        slots = jnp.arange(rnd.capacities.slots(model))
         position = cache.length[:, None] + jnp.arange(chunk)
         token = at(rnd.text, position)
         with jax.named_scope("catch_up"):
@@ -197,7 +197,8 @@ def commit(rnd: Round, side: Side, path: jax.Array, known: jax.Array, length: ja
     index = behind[:, None] + jnp.arange(path.shape[1])
     slots = at(side.slot, at(path, index))
     have = (index >= 0) & (index < known[:, None]) & (slots >= 0)
-    count = jnp.sum(jnp.cumprod(have.astype(jnp.int32), axis=1), axis=1)
+    place = jnp.arange(path.shape[1], dtype=jnp.int32)
+    count = jnp.min(jnp.where(have, path.shape[1], place), axis=1)  # those before the first gap
     count = jnp.clip(count, 0, jnp.maximum(length - 1 - side.cache.length, 0))
     return keep(side.cache, jnp.maximum(slots, 0), count)
 
@@ -272,7 +273,8 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     best = best / tau - total[:, :, None]
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     tree = _add_children(rnd, tree, nodes, token, jnp.where(allowed, best, -jnp.inf), stage)
-    return trees.mark_expanded(tree, nodes, ours, stage), side
+    _, hit = trees.row_of(nodes, ours, tree.capacity)
+    return trees.mark_expanded(tree, hit, stage), side
 
 
 def _revalue(tree: TokenTree, nodes, ours, scored, tau, total) -> TokenTree:
@@ -309,12 +311,13 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
 
     def level(_, tree: TokenTree) -> TokenTree:
         leaves = rnd.growable(tree) & (tree.expanded == trees.UNEXPANDED)
-        nodes, found = trees.best_nodes(tree.value, leaves, width, rnd.policy.ngram_width)
+        best = (tree.value, leaves, width, rnd.policy.ngram_width)
+        nodes, found = trees.best_nodes(*best)
         recent = _recent_tokens(rnd, tree, nodes, max(match, 2))
         token, log_prob = _propose(rnd, tree, nodes, recent, branch, match)
         log_prob = jnp.where(found[:, :, None], log_prob, -jnp.inf)
         tree = _add_children(rnd, tree, nodes, token, log_prob, stage)
-        return trees.mark_expanded(tree, nodes, found, stage)
+        return trees.mark_expanded(tree, trees.rows_of_best(*best)[1], stage)
 
     return lax.fori_loop(0, rnd.policy.levels, level, tree)
 
@@ -336,26 +339,24 @@ def _propose(
 ) -> tuple[jax.Array, jax.Array]:
     """Candidates of the n-gram stage: ``[B, W, X]`` tokens and log-probabilities."""
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
-    tokens, log_probs = [], []
-    if match:
-        token, log_prob = _look_up_text(rnd, recent[:, :, :match])
-        tokens.append(token[:, :, None])
-        log_probs.append(_win_log_prob(rnd, level, token[:, :, None], log_prob[:, :, None]))
+    listed = []
     if branch:
         assert rnd.tables is not None
         token, log_prob = rnd.tables.look_up(recent[:, :, 1], recent[:, :, 0])
         token, log_prob = token[:, :, :branch], log_prob[:, :, :branch]
         log_prob = _katz_log_prob(rnd, level, token, log_prob)
         allowed = jnp.arange(token.shape[-1]) < rnd.policy.ngram_branch
-        tokens.append(token)
-        log_probs.append(jnp.where(allowed, log_prob, -jnp.inf))
-    token, log_prob = jnp.concatenate(tokens, -1), jnp.concatenate(log_probs, -1)
-    if match and branch:
-        # Where both propose a token, the first entry (the look-up's) carries the better value;
-        # the tree refuses the second.
-        same = token == token[:, :, :1]
-        best = jnp.max(jnp.where(same, log_prob, -jnp.inf), axis=-1, keepdims=True)
-        log_prob = jnp.concatenate([best, log_prob[:, :, 1:]], axis=-1)
+        listed.append((token, jnp.where(allowed, log_prob, -jnp.inf)))
+    if match:
+        token, log_prob = (x[:, :, None] for x in _look_up_text(rnd, recent[:, :, :match]))
+        log_prob = _win_log_prob(rnd, level, token, log_prob)
+        for twin, other in listed:
+            # Where both propose a token, the first entry (the look-up's) carries the better
+            # value; the tree refuses the second.
+            same = jnp.where(twin == token, other, -jnp.inf)
+            log_prob = jnp.maximum(log_prob, jnp.max(same, axis=-1, keepdims=True))
+        listed.insert(0, (token, log_prob))
+    token, log_prob = (jnp.concatenate(entries, -1) for entries in zip(*listed, strict=True))
     return token, log_prob
 
 

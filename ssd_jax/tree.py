@@ -154,13 +154,22 @@ def revalue(tree: TokenTree, log_prob: jax.Array) -> TokenTree:
     return TokenTree.of(tree.ancestors, *whole, log_prob=log_prob, value=value)
 
 
+def _rank(value: jax.Array, eligible: jax.Array) -> jax.Array:
+    """``[B, N]`` int32, how many eligible nodes come before each, ties to the lower index.
+
+    One N x N comparison instead of a sort, and the tie rule is explicit.
+    """
+    node = jnp.arange(value.shape[1])
+    ahead = (value[:, None, :] > value[:, :, None]) | (
+        (value[:, None, :] == value[:, :, None]) & (node[None, :] < node[:, None])
+    )
+    return jnp.sum(ahead & eligible[:, None, :], axis=-1).astype(jnp.int32)
+
+
 def best_nodes(
     value: jax.Array, eligible: jax.Array, width: int, limit: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The ``width`` best eligible nodes, best first, ties to the lower index.
-
-    By counting, for each node, how many come before it: one N x N comparison instead of a
-    sort, and the tie rule is explicit.
 
     Args:
       value: ``[B, N]`` float32.
@@ -171,15 +180,20 @@ def best_nodes(
     Returns:
       Nodes ``[B, W]`` int32 and ``[B, W]`` bool, which of them are real (a prefix).
     """
-    node = jnp.arange(value.shape[1])
-    ahead = (value[:, None, :] > value[:, :, None]) | (
-        (value[:, None, :] == value[:, :, None]) & (node[None, :] < node[:, None])
-    )
-    rank = jnp.sum(ahead & eligible[:, None, :], axis=-1)
+    rank = _rank(value, eligible)
     hit = eligible[:, None, :] & (rank[:, None, :] == jnp.arange(width)[:, None])
-    nodes = jnp.sum(jnp.where(hit, node, 0), axis=-1)
+    nodes = jnp.sum(jnp.where(hit, jnp.arange(value.shape[1]), 0), axis=-1)
     found = jnp.any(hit, axis=-1) & (jnp.arange(width) < limit)
     return nodes.astype(jnp.int32), found
+
+
+def rows_of_best(
+    value: jax.Array, eligible: jax.Array, width: int, limit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`row_of` what :func:`best_nodes` finds, from the same arguments."""
+    rank = _rank(value, eligible)
+    hit = eligible & (rank < jnp.minimum(width, limit))
+    return jnp.where(hit, rank, 0), hit
 
 
 def lineage_among(tree: TokenTree, nodes: jax.Array) -> jax.Array:
@@ -250,9 +264,8 @@ def insert(
     )
 
 
-def mark_expanded(tree: TokenTree, nodes: jax.Array, found: jax.Array, stage: int) -> TokenTree:
-    """Record that ``stage`` gave these nodes their children."""
-    _, hit = row_of(nodes, found, tree.capacity)
+def mark_expanded(tree: TokenTree, hit: jax.Array, stage: int) -> TokenTree:
+    """Record that ``stage`` gave the nodes in ``hit`` ``[B, N]`` their children."""
     row = jnp.arange(tree.fields.shape[1])[:, None] == 4
     marked = jnp.where(hit[:, None] & row, jnp.minimum(tree.fields, stage), tree.fields)
     return dataclasses.replace(tree, fields=marked)
@@ -280,7 +293,8 @@ def accepted_path(
     node = jnp.arange(tree.capacity)
     level = jnp.arange(1, depth + 1)
     hit = accepted[:, None, :] & (tree.depth[:, None, :] == level[:, None])
-    below = jnp.where(jnp.any(hit, axis=-1), jnp.sum(jnp.where(hit, node, 0), axis=-1), root)
+    reached = jnp.any(hit, axis=-1)
+    below = jnp.where(reached, jnp.sum(jnp.where(hit, node, 0), axis=-1), root)
     first = jnp.full((tree.token.shape[0], 1), root)
     path = jnp.concatenate([first, below], axis=1).astype(jnp.int32)
-    return path, jnp.sum(accepted, axis=1).astype(jnp.int32)
+    return path, jnp.sum(reached, axis=1).astype(jnp.int32)  # one node a level
