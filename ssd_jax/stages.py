@@ -113,8 +113,7 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
     behind = rnd.active & (rnd.length - cache.length > backlog) & (cache.length < goal)
     goal = jnp.where(behind, goal, cache.length)
 
-    def step(carry):
-        cache, passes = carry
+    def step(cache):
         slots = jnp.arange(rnd.capacities.slots(model))
         position = cache.length[:, None] + jnp.arange(chunk)
         token = at(rnd.text, position)
@@ -129,11 +128,10 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
                 offset=cache.length,
             )
         length = jnp.minimum(cache.length + chunk, goal)
-        return dataclasses.replace(written, length=length), passes + 1
+        return dataclasses.replace(written, length=length)
 
-    return lax.while_loop(
-        lambda carry: jnp.any(carry[0].length < goal), step, (cache, jnp.int32(0))
-    )
+    passes = -(-jnp.max(goal - cache.length) // chunk)
+    return lax.while_loop(lambda cache: jnp.any(cache.length < goal), step, cache), passes
 
 
 def begin(rnd: Round, model: int, cache: KVCache, tree: TokenTree) -> Side:
@@ -144,7 +142,13 @@ def begin(rnd: Round, model: int, cache: KVCache, tree: TokenTree) -> Side:
 
 
 def evaluate(
-    rnd: Round, model: int, side: Side, tree: TokenTree, nodes: jax.Array, found: jax.Array
+    rnd: Round,
+    model: int,
+    side: Side,
+    tree: TokenTree,
+    nodes: jax.Array,
+    found: jax.Array,
+    row_of: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, Side]:
     """One forward pass over some nodes, each attending to the text and its own ancestors.
 
@@ -155,6 +159,7 @@ def evaluate(
       tree: the tree.
       nodes: ``[B, W]`` int32, ancestors already evaluated or among them.
       found: ``[B, W]`` bool, which entries are real.
+      row_of: :func:`ssd_jax.tree.row_of` these, if at hand.
 
     Returns:
       Logits ``[B, W, V]`` float32 and the model's new side.
@@ -162,7 +167,7 @@ def evaluate(
     width = nodes.shape[1]
     text = rnd.capacities.text
     first = side.passes * width
-    rows, hit = trees.row_of(nodes, found, tree.capacity)
+    rows, hit = row_of or trees.row_of(nodes, found, tree.capacity)
     slot = jnp.where(hit, text + first + rows, side.slot)
     lineage = _take(tree.ancestors, nodes[:, :, None], axis=1)
     scratch = text + jnp.arange(rnd.capacities.scratch(model))
@@ -257,30 +262,31 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     """One pass of a model draft: evaluate, re-value the children there are, add new ones."""
     draft = stage - 1
     width, branch = rnd.capacities.widths[stage], rnd.capacities.branches[draft]
-    nodes, found = trees.best_nodes(
-        tree.value, _open(rnd, stage, tree, side), width, rnd.policy.width[stage]
-    )
-    logits, side = evaluate(rnd, stage, side, tree, nodes, found)
+    wanted = (tree.value, _open(rnd, stage, tree, side), width, rnd.policy.width[stage])
+    nodes, found = trees.best_nodes(*wanted)
+    row, hit = trees.rows_of_best(*wanted)
+    logits, side = evaluate(rnd, stage, side, tree, nodes, found, (row, hit))
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     scored = scores(logits, rnd.noise, level, rnd.sampling)
     tau = rnd.tau(stage)[:, None, None]
-    total = jax.nn.logsumexp(scored / tau, axis=-1)
+    best, token = lax.top_k(scored, min(branch, scored.shape[-1]))
+    highest = best[:, :, :1]
+    total = jnp.log(jnp.sum(jnp.exp((scored - highest) / tau), axis=-1)) + (highest / tau)[:, :, 0]
 
     # Nodes that a better stage has expanded were evaluated for their keys and values only.
     ours = found & (at(tree.expanded, nodes) > stage)
-    tree = _revalue(tree, nodes, ours, scored, tau, total)
-    best, token = lax.top_k(scored, min(branch, scored.shape[-1]))
+    hit &= tree.expanded > stage
+    tree = _revalue(tree, row, hit, scored, tau, total)
     best = best / tau - total[:, :, None]
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     tree = _add_children(rnd, tree, nodes, token, jnp.where(allowed, best, -jnp.inf), stage)
-    _, hit = trees.row_of(nodes, ours, tree.capacity)
     return trees.mark_expanded(tree, hit, stage), side
 
 
-def _revalue(tree: TokenTree, nodes, ours, scored, tau, total) -> TokenTree:
-    """Give the existing children of ``nodes`` the softmax of ``scored`` ``[B, W, V]`` over
-    ``tau``, of which ``total`` ``[B, W]`` is the ``logsumexp``."""
-    row, hit = trees.row_of(nodes, ours, tree.capacity)
+def _revalue(tree: TokenTree, row, hit, scored, tau, total) -> TokenTree:
+    """Give the existing children of the nodes in ``hit`` ``[B, N]``, whose rows are ``row``, the
+    softmax of ``scored`` ``[B, W, V]`` over ``tau``, of which ``total`` ``[B, W]`` is the
+    ``logsumexp``."""
     batch, _, vocab = scored.shape
     row = at(row, tree.parent)
     fresh = _take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1)
