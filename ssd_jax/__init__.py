@@ -16,6 +16,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from ssd_jax import xla_flags as _xla_flags
+
 if TYPE_CHECKING:
     from ssd_jax.errors import SsdError as SsdError
     from ssd_jax.generate import GenerationResult as GenerationResult
@@ -62,3 +64,6 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+# XLA reads its options once, when the first backend starts, which no import does.
+_xla_flags.ask_for_one_graph()

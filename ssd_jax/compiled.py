@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-# Public figures of the device, in the form of XLA's GpuTargetConfigProto.
+# Public figures of the devices, in the form of XLA's GpuTargetConfigProto.
 _H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -29,6 +30,8 @@ gpu_device_info {
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
   device_memory_size: 150000000000
+  driver_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
   cuda_compute_capability { major: 9 minor: 0 }
 }
 platform_name: "CUDA"
@@ -36,13 +39,49 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
-GPU_TARGETS = {"h200": _H200}
+_RTX4090 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 101376
+  shared_memory_per_core: 102400
+  threads_per_core_limit: 1536
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  core_count: 128
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 1008000000000
+  l2_cache_size: 75497472
+  clock_rate_ghz: 2.52
+  device_memory_size: 25757220864
+  driver_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  cuda_compute_capability { major: 8 minor: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA GeForce RTX 4090"
+"""
+GPU_TARGETS = {"h200": _H200, "rtx4090": _RTX4090}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*-> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\(")
 _CALLED = re.compile(
     r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# Instructions that launch nothing: they name, group or view what others have computed, or they
+# are control flow, whose own computations are counted instead.
+_NO_KERNEL = frozenset(
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
+    + ("partition-id", "opt-barrier", "copy-done")
+)
+_CONTROL = frozenset(("while", "conditional", "call"))
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -127,3 +166,81 @@ def cache_sized_copies(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[str]
             if opcode in ("copy", "copy-start") or (opcode == "fusion" and not in_place):
                 copies.append(line.strip())
     return copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Something that a program launches on the device.
+
+    Attributes:
+      name: of the instruction in the optimised HLO.
+      opcode: ``fusion``, ``custom-call``, ``copy`` or another that XLA left unfused.
+      scope: where it comes from in the Python program (JAX's name stack); for a fusion, where its
+        result does. Empty where XLA made it up, as it does with copies.
+    """
+
+    name: str
+    opcode: str
+    scope: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MainLoop:
+    """A program's outermost ``while`` loop.
+
+    Attributes:
+      name: of the instruction.
+      kernels: what one trip launches: condition and body; loops inside them with condition and
+        body once, however often they run; and both branches of conditionals, of which one runs.
+      control: loops and conditionals inside, which are no kernels here (in a CUDA graph each is a
+        node of its own).
+    """
+
+    name: str
+    kernels: list[Kernel]
+    control: int
+
+
+def main_loop(hlo: str) -> MainLoop:
+    """The outermost loop that launches most.
+
+    Raises:
+      ValueError: the program has no loop.
+    """
+    every, inside = computations(hlo), loop_bodies(hlo)
+    loops = []
+    for line in (line for name in every if name not in inside for line in every[name]):
+        match = _INSTRUCTION.match(line)
+        if match is not None and match.group(4) == "while":
+            loops.append(MainLoop(match.group(2), *_launched(every, called([line]))))
+    if not loops:
+        raise ValueError("the program has no loop")
+    return max(loops, key=lambda loop: len(loop.kernels))
+
+
+def in_a_graph(log: str, name: str) -> bool:
+    """Whether an instruction became part of a CUDA graph.
+
+    Args:
+      log: what XLA writes with ``TF_CPP_VMODULE=command_buffer_conversion_pass=2``.
+      name: of the instruction.
+    """
+    graphs = re.findall(r"Creating command buffer thunk with the following thunks: (.*)", log)
+    return any(name in graph.split(", ") for graph in graphs)
+
+
+def _launched(every: dict[str, list[str]], names: Iterable[str]) -> tuple[list[Kernel], int]:
+    kernels, control = [], 0
+    for line in (line for name in sorted(names) for line in every[name]):
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        opcode = match.group(4)
+        if opcode in _CONTROL:
+            inner, deeper = _launched(every, called([line]))
+            kernels += inner
+            control += deeper + (opcode != "call")
+        elif opcode not in _NO_KERNEL:
+            scope = _OP_NAME.search(line)
+            kernels.append(Kernel(match.group(2), opcode, scope.group(1) if scope else ""))
+    return kernels, control

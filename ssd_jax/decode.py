@@ -18,7 +18,7 @@ from jax import lax
 
 from ssd_jax import stages
 from ssd_jax import tree as trees
-from ssd_jax.kv_cache import KVCache
+from ssd_jax.kv_cache import KVCache, held, settle
 from ssd_jax.ngram import NGramTables
 from ssd_jax.pacing import Pace, after_round, best_width
 from ssd_jax.plan import Capacities, Policy
@@ -151,7 +151,29 @@ def decode(
     def step(state: DecodeState) -> DecodeState:
         return speculative_step(models, tables, state, sampling, policy, capacities)
 
-    return lax.while_loop(unfinished, step, state)
+    state = prefill(models, tables, state, sampling, policy, capacities)
+    state = lax.while_loop(unfinished, step, state)
+    return dataclasses.replace(state, caches=(settle(state.caches[0]), *state.caches[1:]))
+
+
+def prefill(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+) -> DecodeState:
+    """Bring the oracle's cache up to the root, once and for all: every round leaves it there.
+
+    Arguments as for :func:`decode`. Drafts catch up in the rounds, as they may fall behind.
+    """
+    rnd = new_round(models, tables, state, sampling, policy, capacities)
+    oracle, _ = stages.catch_up(rnd, 0, settle(state.caches[0]), backlog=1)
+    if capacities.widths[0] > 1:
+        path = (state.length.shape[0], capacities.depth + 1)
+        oracle = dataclasses.replace(oracle, pending=jnp.full(path, -1, jnp.int32))
+    return dataclasses.replace(state, caches=(oracle, *state.caches[1:]))
 
 
 def speculative_step(
@@ -164,7 +186,7 @@ def speculative_step(
 ) -> DecodeState:
     """One round: catch up, draft a tree, verify it, commit the accepted path.
 
-    Arguments as for :func:`decode`; can be called on its own.
+    Arguments as for :func:`decode`; can be called on its own, after :func:`prefill`.
     """
     return observed_step(models, tables, state, sampling, policy, capacities)[0]
 
@@ -181,11 +203,11 @@ def observed_step(
     rnd = new_round(models, tables, state, sampling, policy, capacities)
     caches, caught_up = _catch_up(rnd, state)
     tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
-    sides = tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches))
-    tree, drafts = stages.grow(rnd, 1, tree, sides[1:])
-    verdict, oracle = _verify(rnd, tree, sides[0], state.pace)
+    sides = tuple(stages.begin(rnd, i, caches[i], tree) for i in range(1, len(models)))
+    tree, sides = stages.grow(rnd, 1, tree, sides)
+    verdict, oracle = _verify(rnd, tree, caches[0], state.pace)
     emitted = _emit(state, tree, verdict)
-    return _advance(rnd, state, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
+    return _advance(rnd, state, oracle, sides, caught_up, verdict, emitted), tree, verdict
 
 
 def new_round(
@@ -215,16 +237,13 @@ def new_round(
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Bring every cache up to the trunk. Passes made in the first round are the prefill and
-    do not count."""
-    # The oracle's pass has room for the root alone; the drafts' take the whole trunk.
-    room = [1] + [rnd.capacities.trunk] * (len(rnd.models) - 1)
-    results = [
-        stages.catch_up(rnd, model, cache, backlog)
-        for model, (cache, backlog) in enumerate(zip(state.caches, room, strict=True))
-    ]
-    caches, passes = zip(*results, strict=True)
-    return caches, jnp.where(state.rounds == 0, 0, jnp.stack(passes))
+    """Bring every draft's cache up to the trunk, which its first pass takes whole. Passes made
+    in the first round are the prefill and do not count."""
+    caches, passes = list(state.caches), [jnp.int32(0)]
+    for draft in range(1, len(caches)):
+        caches[draft], made = stages.catch_up(rnd, draft, caches[draft], rnd.capacities.trunk)
+        passes.append(made)
+    return tuple(caches), jnp.where(state.rounds == 0, 0, jnp.stack(passes))
 
 
 def _trunk(rnd: Round) -> jax.Array:
@@ -245,6 +264,7 @@ class Verdict:
       token: ``[B, D + 1]`` int32, the oracle's choice after each node of the path: these are
         the next tokens of the text, the last one (at index ``accepted``) its own.
       margin: ``[B, D + 1]`` float32, by how much each choice won.
+      slot: ``[B, D + 1]`` int32, where the path lies in the oracle's cache.
       rows: int32, width of the oracle's pass.
     """
 
@@ -253,87 +273,123 @@ class Verdict:
     accepted: jax.Array
     token: jax.Array
     margin: jax.Array
+    slot: jax.Array
     rows: jax.Array
 
 
-def _verify(rnd: Round, tree: TokenTree, side: Side, pace: Pace) -> tuple[Verdict, Side]:
+def _verify(rnd: Round, tree: TokenTree, cache: KVCache, pace: Pace) -> tuple[Verdict, KVCache]:
     """One oracle pass over the best nodes of the tree."""
     width = rnd.capacities.widths[0]
     eligible = tree.valid & (tree.depth >= 0)
-    value = trees.values(tree)
-    nodes, found = trees.best_nodes(value, eligible, width, rnd.policy.width[0])
+    nodes, found = trees.best_nodes(tree.value, eligible, width, rnd.policy.width[0])
+    first = cache.length + (0 if cache.pending is None else cache.pending.shape[1])
     if rnd.capacities.narrower:
         widths = (*rnd.capacities.narrower, width)
-        chances = jnp.where(found & rnd.active[:, None], jnp.exp(at(value, nodes)), 0.0)
+        chances = jnp.where(found & rnd.active[:, None], jnp.exp(at(tree.value, nodes)), 0.0)
         gain = jnp.sum(chances, axis=0) / jnp.maximum(jnp.sum(rnd.active), 1)
         index = best_width(pace, gain, widths, rnd.policy.row_cost)
-        token, margin, side = _decide_any(rnd, tree, side, nodes, found, widths, index)
+        token, margin, cache = _decide_any(rnd, tree, cache, nodes, found, widths, index)
         rows = jnp.asarray(widths)[index]
-        found &= jnp.arange(width) < rows
     else:
-        token, margin, side = _decide(rnd, tree, side, nodes, found)
+        token, margin, cache = _decide(rnd, tree, cache, nodes, found)
         rows = jnp.int32(width)
-    row, evaluated = trees.row_of(nodes, found, tree.capacity)
+    limit = jnp.minimum(rnd.policy.width[0], rows)
+    row, evaluated = trees.rows_of_best(tree.value, eligible, width, limit)
     root = rnd.capacities.trunk - 1
     path, accepted = trees.accepted_path(
         tree, evaluated, at(token, row), root, rnd.capacities.depth
     )
     on_path = at(row, path)
-    verdict = Verdict(evaluated, path, accepted, at(token, on_path), at(margin, on_path), rows)
-    return verdict, side
+    slot = first[:, None] + on_path
+    verdict = Verdict(
+        evaluated, path, accepted, at(token, on_path), at(margin, on_path), slot, rows
+    )
+    return verdict, cache
 
 
 def _decide(
-    rnd: Round, tree: TokenTree, side: Side, nodes: jax.Array, found: jax.Array
-) -> tuple[jax.Array, jax.Array, Side]:
-    """The oracle's tokens after some nodes ``[B, W]``, their margins, and its new side."""
+    rnd: Round, tree: TokenTree, cache: KVCache, nodes: jax.Array, found: jax.Array
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """The oracle's tokens after some nodes ``[B, W]``, their margins, and its cache."""
     if rnd.capacities.widths[0] == 1:
-        logits, side = _evaluate_root(rnd, tree, side)
+        logits, cache = _evaluate_root(rnd, cache)
     else:
-        logits, side = stages.evaluate(rnd, 0, side, tree, nodes, found)
+        logits, cache = _evaluate_tree(rnd, tree, cache, nodes, found)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
-    return *choose(logits, rnd.noise, level, rnd.sampling), side
+    return *choose(logits, rnd.noise, level, rnd.sampling), cache
 
 
 def _decide_any(
     rnd: Round,
     tree: TokenTree,
-    side: Side,
+    cache: KVCache,
     nodes: jax.Array,
     found: jax.Array,
     widths: tuple[int, ...],
     index: jax.Array,
-) -> tuple[jax.Array, jax.Array, Side]:
+) -> tuple[jax.Array, jax.Array, KVCache]:
     """:func:`_decide` for the best ``widths[index]`` nodes; what lies beyond is arbitrary."""
     token, margin = jnp.zeros(nodes.shape, jnp.int32), jnp.zeros(nodes.shape)
-    carry = (index, token, margin, side)
+    carry = (index, token, margin, cache)
     # A chain of loops of at most one turn: lax.switch would copy every cache in every branch.
     for this, width in enumerate(widths):
 
         def turn(carry, width=width):
-            _, token, margin, side = carry
-            chosen, lead, side = _decide(rnd, tree, side, nodes[:, :width], found[:, :width])
+            _, token, margin, cache = carry
+            chosen, lead, cache = _decide(rnd, tree, cache, nodes[:, :width], found[:, :width])
             token = lax.dynamic_update_slice(token, chosen, (0, 0))
             margin = lax.dynamic_update_slice(margin, lead, (0, 0))
-            return jnp.int32(-1), token, margin, side
+            return jnp.int32(-1), token, margin, cache
 
         carry = lax.while_loop(lambda carry, this=this: carry[0] == this, turn, carry)
     return carry[1:]
 
 
-def _evaluate_root(rnd: Round, tree: TokenTree, side: Side) -> tuple[jax.Array, Side]:
+def _evaluate_tree(
+    rnd: Round, tree: TokenTree, cache: KVCache, nodes: jax.Array, found: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """A pass over some nodes, each attending to the text and its own ancestors. The path that
+    the last round accepted moves to its final slots, the block follows behind room for it.
+
+    Returns:
+      Logits ``[B, W, V]`` and the cache.
+    """
+    assert cache.pending is not None
+    text, first = held(cache), cache.length + cache.pending.shape[1]
+    among = trees.lineage_among(tree, nodes) & found[:, None, :]
+    slots = jnp.arange(rnd.capacities.slots(0))
+    index = slots - first[:, None]
+    own = jnp.take_along_axis(
+        among, jnp.clip(index, 0, nodes.shape[1] - 1)[:, None, :], axis=2, mode="promise_in_bounds"
+    )
+    own &= ((index >= 0) & (index < nodes.shape[1]))[:, None, :]
+    position = jnp.clip(at(rnd.position(tree), nodes), 0, rnd.models[0].config.n_positions - 1)
+    logits, cache = stages.forward(
+        rnd,
+        0,
+        at(tree.token, nodes),
+        position,
+        mask=own | (slots < text[:, None])[:, None, :],
+        cache=cache,
+        offset=cache.length,
+    )
+    return logits, dataclasses.replace(cache, length=text)
+
+
+def _evaluate_root(rnd: Round, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Plain decoding's pass: the root goes straight to its final slot, nothing is moved."""
-    oracle, cache = rnd.models[0], side.cache
     position = rnd.length[:, None] - 1
     slots = jnp.arange(rnd.capacities.slots(0))
-    logits, cache = oracle(
+    logits, cache = stages.forward(
+        rnd,
+        0,
         at(rnd.text, position),
         position,
         mask=slots <= position[:, :, None],
         cache=cache,
         offset=cache.length,
     )
-    return logits, dataclasses.replace(side, cache=cache, passes=side.passes + 1)
+    return logits, cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,6 +429,7 @@ def _emit(state: DecodeState, tree: TokenTree, verdict: Verdict) -> Emitted:
 def _advance(
     rnd: Round,
     state: DecodeState,
+    oracle: KVCache,
     sides: tuple[Side, ...],
     caught_up: jax.Array,
     verdict: Verdict,
@@ -386,12 +443,13 @@ def _advance(
     path = jnp.concatenate(
         [jnp.broadcast_to(jnp.arange(trunk), (batch, trunk)), verdict.path[:, 1:]], axis=1
     )
-    if rnd.capacities.widths[0] == 1:
-        oracle = dataclasses.replace(sides[0].cache, length=length - 1)
+    if oracle.pending is None:
+        oracle = dataclasses.replace(oracle, length=length - 1)
     else:
-        oracle = stages.commit(rnd, sides[0], path, known, length)
-    caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides[1:]))
-    passes = caught_up + jnp.stack([side.passes for side in sides])
+        real = jnp.arange(verdict.slot.shape[1]) < emitted.count[:, None]
+        oracle = dataclasses.replace(oracle, pending=jnp.where(real, verdict.slot, -1))
+    caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides))
+    passes = caught_up + jnp.stack([jnp.int32(1), *(side.passes for side in sides)])
     trace = Trace(
         origin=_write(state.trace.origin, emitted.origin, state.length),
         margin=_write(state.trace.margin, verdict.margin, state.length),

@@ -25,6 +25,8 @@ from ssd_jax import kv_cache
 from ssd_jax.errors import ConfigError
 from ssd_jax.kv_cache import KVCache
 
+# A tile of a tensor core: fewer rows cost as much on a GPU, and in more kernels.
+_FUSED_ROWS = 16
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
@@ -152,12 +154,13 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GPT2Config, layer: int, **kinds):
+    def __init__(self, config: GPT2Config, layer: int, attention: str, **kinds):
         width, std = config.n_embd, config.initializer_range
         self.c_attn = Linear(width, 3 * width, std=std, **kinds)
         self.c_proj = Linear(width, width, std=std / math.sqrt(2 * config.n_layer), **kinds)
         self.heads = config.n_head
         self.dtype = kinds["dtype"]
+        self.attention = attention
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
@@ -166,20 +169,49 @@ class Attention(nnx.Module):
 
     def __call__(self, x, mask, cached, offset, rngs):
         batch, rows, width = x.shape
-        # [B, T, 3E] -> three [B, H, T, I]
+        # [B, T, 3E] -> three [B, T, H, I]
         qkv = self.c_attn(x).reshape(batch, rows, 3, self.heads, width // self.heads)
-        query, key, value = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        fused = cached is not None and self.attention != "einsum"
+        if fused:  # rows that only fill a tile have no keys
+            key, value = key[:, : mask.shape[1]], value[:, : mask.shape[1]]
+        else:
+            query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         if cached is not None:
-            key = kv_cache.write(cached[0], key, offset)
-            value = kv_cache.write(cached[1], value, offset)
+            axis = 1 if fused else 2
+            keys, values, moved = cached
+            if moved is not None:
+                key = jnp.concatenate([moved[0], key.astype(self.dtype)], axis)
+                value = jnp.concatenate([moved[1], value.astype(self.dtype)], axis)
+            key = kv_cache.write(keys, key, offset, axis)
+            value = kv_cache.write(values, value, offset, axis)
+        attend = self._attend_fused if fused else self._attend
+        mixed = attend(query, key, value, mask, rngs).reshape(batch, rows, width)
+        out = self.resid_dropout(self.c_proj(mixed), deterministic=rngs is None, rngs=rngs)
+        return out, (key, value)
+
+    def _attend(self, query, key, value, mask, rngs):
+        """``[B, H, T, I]`` queries, ``[B, H, S, I]`` keys and values -> ``[B, T, H, I]``."""
         scores = _product("bhtd,bhsd->bhts", query * self.scale, key, self.dtype)
         scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1)
         weights = self.attn_dropout(weights, deterministic=rngs is None, rngs=rngs)
         mixed = _product("bhts,bhsd->bhtd", weights, value, self.dtype)
-        mixed = mixed.swapaxes(1, 2).reshape(batch, rows, width)
-        out = self.resid_dropout(self.c_proj(mixed), deterministic=rngs is None, rngs=rngs)
-        return out, (key, value)
+        return mixed.swapaxes(1, 2)
+
+    def _attend_fused(self, query, key, value, mask, rngs):
+        """``[B, T, H, I]`` queries, ``[B, S, H, I]`` keys and values -> ``[B, T, H, I]``."""
+        del rngs  # a pass with a cache has no dropout
+        spare = query.shape[1] - mask.shape[1]
+        mask = jnp.pad(mask, ((0, 0), (0, spare), (0, 0)), constant_values=True)
+        return jax.nn.dot_product_attention(
+            query.astype(self.dtype),
+            key,
+            value,
+            mask=mask[:, None],
+            scale=self.scale,
+            implementation="cudnn" if self.attention == "cudnn" else "xla",
+        )
 
 
 class MLP(nnx.Module):
@@ -196,9 +228,9 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: GPT2Config, layer: int, **kinds):
+    def __init__(self, config: GPT2Config, layer: int, attention: str, **kinds):
         self.ln_1 = _layer_norm(config, kinds["rngs"])
-        self.attn = Attention(config, layer, **kinds)
+        self.attn = Attention(config, layer, attention, **kinds)
         self.ln_2 = _layer_norm(config, kinds["rngs"])
         self.mlp = MLP(config, **kinds)
 
@@ -215,14 +247,25 @@ class GPT2(nnx.Module):
       config: the architecture.
       dtype: operand type of every matrix product, and of the KV cache.
       param_dtype: storage type of embeddings and kernels; layer norms and biases stay float32.
+      attention: of passes with a cache. ``einsum``, with ``[B, H, S, I]`` caches, is XLA's own;
+        ``cudnn`` is one fused kernel (:func:`jax.nn.dot_product_attention`; 16-bit operands on an
+        NVIDIA GPU only), with ``[B, S, H, I]`` caches; ``xla`` is the latter's arithmetic in that
+        layout anywhere. By default what suits the backend.
       rngs: initial weights are drawn from ``rngs.params``.
     """
 
     def __init__(
-        self, config: GPT2Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+        self,
+        config: GPT2Config,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        attention: str | None = None,
+        rngs: nnx.Rngs,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.attention = attention or _default_attention(config, self.dtype)
         kinds = dict(dtype=self.dtype, param_dtype=jnp.dtype(param_dtype), rngs=rngs)
         init = nnx.initializers.normal(config.initializer_range)
 
@@ -231,7 +274,9 @@ class GPT2(nnx.Module):
 
         self.wte = table(config.vocab_size)
         self.wpe = table(config.n_positions)
-        self.h = nnx.List([Block(config, layer, **kinds) for layer in range(config.n_layer)])
+        self.h = nnx.List(
+            [Block(config, layer, self.attention, **kinds) for layer in range(config.n_layer)]
+        )
         self.ln_f = _layer_norm(config, rngs)
         self.lm_head = None if config.tie_word_embeddings else table(config.vocab_size)
         self.embd_dropout = nnx.Dropout(config.embd_pdrop)
@@ -254,7 +299,8 @@ class GPT2(nnx.Module):
           mask: ``[B, T, S]`` bool, which slots each token attends to; causal by default
             (without a cache, where ``S = T``). Required with a cache.
           cache: if given, the block's keys and values are written to it from slot ``offset``
-            on before attending. Its ``length`` is left alone: committing is the caller's.
+            on before attending, or, if it has pending rows, after ``P`` slots for these. Its
+            ``length`` and ``pending`` are left alone: committing is the caller's.
           offset: first slot of the block: a scalar, or ``[B]``.
           rngs: given in training, turns dropout on (stream ``dropout``).
 
@@ -266,15 +312,24 @@ class GPT2(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(rows), (batch, rows))
         if mask is None:
             mask = jnp.broadcast_to(jnp.tri(rows, dtype=bool), (batch, rows, rows))
+        if cache is not None and self.attention != "einsum":
+            spare = max(_FUSED_ROWS - rows, 0)
+            tokens = jnp.pad(tokens, ((0, 0), (0, spare)))
+            positions = jnp.pad(positions, ((0, 0), (0, spare)))
         x = self.wte[...][tokens].astype(jnp.float32) + self.wpe[...][positions].astype(jnp.float32)
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
-        layers = []
+        layers, moved = [], [None] * len(self.h)
+        if cache is not None and cache.pending is not None:
+            moved = kv_cache.take(cache, jnp.maximum(cache.pending, 0))
         for index, block in enumerate(self.h):
-            cached = None if cache is None else (cache.keys[index], cache.values[index])
-            x, cached = block(x, mask, cached, offset, rngs)
+            cached = None
+            if cache is not None:
+                cached = (cache.keys[index], cache.values[index], moved[index])
+            with jax.named_scope(f"layer{index}"):
+                x, cached = block(x, mask, cached, offset, rngs)
             layers.append(cached)
         head = self.wte if self.lm_head is None else self.lm_head
-        logits = _product("bte,ve->btv", self.ln_f(x), head[...], self.dtype)
+        logits = _product("bte,ve->btv", self.ln_f(x[:, :rows]), head[...], self.dtype)
         if cache is not None:
             keys, values = zip(*layers, strict=True)
             cache = dataclasses.replace(cache, keys=keys, values=values)
@@ -283,7 +338,13 @@ class GPT2(nnx.Module):
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for this model."""
         c = self.config
-        return kv_cache.init(c.n_layer, batch, c.n_head, slots, c.head_dim, self.dtype)
+        axis = 2 if self.attention == "einsum" else 1
+        return kv_cache.init(c.n_layer, batch, c.n_head, slots, c.head_dim, self.dtype, axis)
+
+
+def _default_attention(config: GPT2Config, dtype) -> str:
+    fits = dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return "cudnn" if fits and jax.default_backend() == "gpu" else "einsum"
 
 
 def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:

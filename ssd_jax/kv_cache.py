@@ -26,39 +26,77 @@ class KVCache:
     """Keys and values of every layer, kept as separate arrays (stacking them costs copies).
 
     Attributes:
-      keys: one ``[B, H, S, I]`` array per layer.
-      values: one ``[B, H, S, I]`` array per layer.
-      length: ``[B]`` int32, committed tokens held by this cache.
+      keys: one ``[B, H, S, I]`` array per layer, or ``[B, S, H, I]``.
+      values: likewise.
+      length: ``[B]`` int32, committed tokens held by this cache in their final slots.
+      pending: ``[B, P]`` int32, scratch slots of the committed tokens that follow, in order, -1
+        past the last of them; or ``None``. The next pass writes them to their final slots
+        together with its own block, which saves two kernels a layer.
+      slot_axis: 2, or 1 for slots before heads; static.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length: jax.Array
+    pending: jax.Array | None = None
+    slot_axis: int = dataclasses.field(default=2, metadata={"static": True})
 
 
-def init(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
+def init(
+    layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype, slot_axis: int = 2
+) -> KVCache:
     """An empty cache of ``slots`` slots."""
-    shape = (batch, heads, slots, head_dim)
+    inner = (heads, slots) if slot_axis == 2 else (slots, heads)
+    shape = (batch, *inner, head_dim)
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
         values=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
         length=jnp.zeros((batch,), jnp.int32),
+        slot_axis=slot_axis,
     )
 
 
-def write(buffer: jax.Array, rows: jax.Array, offset: jax.Array | int) -> jax.Array:
+def write(
+    buffer: jax.Array, rows: jax.Array, offset: jax.Array | int, slot_axis: int = 2
+) -> jax.Array:
     """Write ``rows`` ``[B, H, T, I]`` into ``buffer`` ``[B, H, S, I]`` from slot ``offset`` on.
 
-    ``offset`` is one slot for all rows, or ``[B]``, one for each.
+    ``offset`` is one slot for all rows, or ``[B]``, one for each. With ``slot_axis`` 1, ``T``
+    and ``S`` stand before ``H``.
     """
     rows = rows.astype(buffer.dtype)
     offset = jnp.asarray(offset, jnp.int32)
     if offset.ndim == 0:
-        return lax.dynamic_update_slice_in_dim(buffer, rows, offset, axis=2)
+        return lax.dynamic_update_slice_in_dim(buffer, rows, offset, axis=slot_axis)
     # One small in-place write a row.
     for b in range(buffer.shape[0]):
-        buffer = lax.dynamic_update_slice(buffer, rows[b : b + 1], (b, 0, offset[b], 0))
+        start = [b, 0, 0, 0]
+        start[slot_axis] = offset[b]
+        buffer = lax.dynamic_update_slice(buffer, rows[b : b + 1], start)
     return buffer
+
+
+def held(cache: KVCache) -> jax.Array:
+    """``[B]`` int32, committed tokens in this cache, the pending ones among them."""
+    if cache.pending is None:
+        return cache.length
+    return cache.length + jnp.sum(cache.pending >= 0, axis=1).astype(jnp.int32)
+
+
+def take(cache: KVCache, slots: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Keys and values in ``slots`` ``[B, P]``, for each layer.
+
+    Gathered before anything is overwritten: fused into each row's write, the gather would force
+    a copy of the whole buffer.
+    """
+    axis = cache.slot_axis
+    index = jnp.expand_dims(slots, (3 - axis, 3))
+    rows = [
+        jnp.take_along_axis(buffer, index, axis=axis, mode="promise_in_bounds")
+        for buffer in (*cache.keys, *cache.values)
+    ]
+    rows = lax.optimization_barrier(rows)
+    return list(zip(rows[: len(cache.keys)], rows[len(cache.keys) :], strict=True))
 
 
 def keep(cache: KVCache, slots: jax.Array, count: jax.Array) -> KVCache:
@@ -71,15 +109,22 @@ def keep(cache: KVCache, slots: jax.Array, count: jax.Array) -> KVCache:
       count: ``[B]`` int32, how many to keep, ``0 <= count <= P``.
     """
 
-    def move(buffer: jax.Array) -> jax.Array:
-        index = slots[:, None, :, None]
-        rows = jnp.take_along_axis(buffer, index, axis=2, mode="promise_in_bounds")
-        # Gathered before anything is overwritten: fused into each row's write, the gather would
-        # force a copy of the whole buffer.
-        return write(buffer, lax.optimization_barrier(rows), cache.length)
+    keys, values = zip(*take(cache, slots), strict=True)
 
-    return KVCache(
-        keys=tuple(move(k) for k in cache.keys),
-        values=tuple(move(v) for v in cache.values),
+    def put(buffer: jax.Array, rows: jax.Array) -> jax.Array:
+        return write(buffer, rows, cache.length, cache.slot_axis)
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(map(put, cache.keys, keys)),
+        values=tuple(map(put, cache.values, values)),
         length=cache.length + count,
     )
+
+
+def settle(cache: KVCache) -> KVCache:
+    """Move the pending rows, if any, and expect no more."""
+    if cache.pending is None:
+        return cache
+    moved = keep(cache, jnp.maximum(cache.pending, 0), held(cache) - cache.length)
+    return dataclasses.replace(moved, pending=None)

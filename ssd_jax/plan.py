@@ -329,6 +329,8 @@ class Capacities:
         """Cache slots a model needs beyond the text: its blocks of one round, a chunk of
         catching up, or the rows rewritten on acceptance, whichever is most."""
         blocks = self.widths[model] * self.passes[model]
+        if model == 0:
+            blocks += self.depth + 1  # the last round's path moves down with the next block
         return max(blocks, self.chunk, self.trunk + self.depth + 1)
 
     def slots(self, model: int) -> int:

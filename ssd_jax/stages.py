@@ -89,14 +89,18 @@ class Side:
     Attributes:
       cache: its KV cache.
       slot: ``[B, N]`` int32, the cache slot of each node it has evaluated, else -1.
-      owner: ``[B, Z]`` int32, the node held by each scratch slot, else -1.
       passes: int32, passes made in this round.
     """
 
     cache: KVCache
     slot: jax.Array
-    owner: jax.Array
     passes: jax.Array
+
+
+def forward(rnd: Round, model: int, *args, **kwargs) -> tuple[jax.Array, KVCache]:
+    """A pass of one model, named in the compiled program for :mod:`ssd_jax.gpu_report`."""
+    with jax.named_scope(f"model{model}"):
+        return rnd.models[model](*args, **kwargs)
 
 
 def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCache, jax.Array]:
@@ -112,42 +116,43 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
     goal = jnp.minimum(rnd.length - 1, network.config.n_positions)
     behind = rnd.active & (rnd.length - cache.length > backlog) & (cache.length < goal)
     goal = jnp.where(behind, goal, cache.length)
-    slots = jnp.arange(rnd.capacities.slots(model))
 
-    def step(carry):
-        cache, passes = carry
+    def step(cache):
+        slots = jnp.arange(rnd.capacities.slots(model))
         position = cache.length[:, None] + jnp.arange(chunk)
         token = at(rnd.text, position)
-        _, written = network(
-            token,
-            jnp.minimum(position, network.config.n_positions - 1),
-            mask=slots <= position[:, :, None],
-            cache=cache,
-            offset=cache.length,
-        )
+        with jax.named_scope("catch_up"):
+            _, written = forward(
+                rnd,
+                model,
+                token,
+                jnp.minimum(position, network.config.n_positions - 1),
+                mask=slots <= position[:, :, None],
+                cache=cache,
+                offset=cache.length,
+            )
         length = jnp.minimum(cache.length + chunk, goal)
-        return dataclasses.replace(written, length=length), passes + 1
+        return dataclasses.replace(written, length=length)
 
-    return lax.while_loop(
-        lambda carry: jnp.any(carry[0].length < goal), step, (cache, jnp.int32(0))
-    )
+    passes = -(-jnp.max(goal - cache.length) // chunk)
+    return lax.while_loop(lambda cache: jnp.any(cache.length < goal), step, cache), passes
 
 
 def begin(rnd: Round, model: int, cache: KVCache, tree: TokenTree) -> Side:
     """A model's side of a freshly planted tree: it has seen the trunk up to its length."""
     position = rnd.position(tree)
     seen = tree.valid & (position < cache.length[:, None])
-    scratch = rnd.capacities.scratch(model)
-    return Side(
-        cache=cache,
-        slot=jnp.where(seen, position, -1),
-        owner=jnp.full((position.shape[0], scratch), -1, jnp.int32),
-        passes=jnp.int32(0),
-    )
+    return Side(cache=cache, slot=jnp.where(seen, position, -1), passes=jnp.int32(0))
 
 
 def evaluate(
-    rnd: Round, model: int, side: Side, tree: TokenTree, nodes: jax.Array, found: jax.Array
+    rnd: Round,
+    model: int,
+    side: Side,
+    tree: TokenTree,
+    nodes: jax.Array,
+    found: jax.Array,
+    row_of: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, Side]:
     """One forward pass over some nodes, each attending to the text and its own ancestors.
 
@@ -158,6 +163,7 @@ def evaluate(
       tree: the tree.
       nodes: ``[B, W]`` int32, ancestors already evaluated or among them.
       found: ``[B, W]`` bool, which entries are real.
+      row_of: :func:`ssd_jax.tree.row_of` these, if at hand.
 
     Returns:
       Logits ``[B, W, V]`` float32 and the model's new side.
@@ -165,23 +171,25 @@ def evaluate(
     width = nodes.shape[1]
     text = rnd.capacities.text
     first = side.passes * width
-    owner = lax.dynamic_update_slice_in_dim(side.owner, jnp.where(found, nodes, -1), first, axis=1)
+    rows, hit = row_of or trees.row_of(nodes, found, tree.capacity)
+    slot = jnp.where(hit, text + first + rows, side.slot)
     lineage = _take(tree.ancestors, nodes[:, :, None], axis=1)
-    block = _take(lineage, jnp.clip(owner, 0)[:, None, :], axis=2) & (owner >= 0)[:, None, :]
+    scratch = text + jnp.arange(rnd.capacities.scratch(model))
+    block = jnp.any(lineage[:, :, None, :] & (slot[:, None, :] == scratch[:, None])[:, None], -1)
     committed = jnp.arange(text) < side.cache.length[:, None, None]
     committed = jnp.broadcast_to(committed, (*nodes.shape, text))
     network = rnd.models[model]
     position = jnp.clip(at(rnd.position(tree), nodes), 0, network.config.n_positions - 1)
-    logits, cache = network(
+    logits, cache = forward(
+        rnd,
+        model,
         at(tree.token, nodes),
         position,
         mask=jnp.concatenate([committed, block], axis=2),
         cache=side.cache,
         offset=text + first,
     )
-    rows, hit = trees.row_of(nodes, found, tree.capacity)
-    slot = jnp.where(hit, text + first + rows, side.slot)
-    return logits, Side(cache, slot, owner, side.passes + 1)
+    return logits, Side(cache, slot, side.passes + 1)
 
 
 def commit(rnd: Round, side: Side, path: jax.Array, known: jax.Array, length: jax.Array) -> KVCache:
@@ -198,7 +206,8 @@ def commit(rnd: Round, side: Side, path: jax.Array, known: jax.Array, length: ja
     index = behind[:, None] + jnp.arange(path.shape[1])
     slots = at(side.slot, at(path, index))
     have = (index >= 0) & (index < known[:, None]) & (slots >= 0)
-    count = jnp.sum(jnp.cumprod(have.astype(jnp.int32), axis=1), axis=1)
+    place = jnp.arange(path.shape[1], dtype=jnp.int32)
+    count = jnp.min(jnp.where(have, path.shape[1], place), axis=1)  # those before the first gap
     count = jnp.clip(count, 0, jnp.maximum(length - 1 - side.cache.length, 0))
     return keep(side.cache, jnp.maximum(slots, 0), count)
 
@@ -218,24 +227,31 @@ def grow(
         return (tree if rnd.capacities.ngram is None else _grow_ngram(rnd, tree)), sides
     draft = stage - 1
     threshold = rnd.policy.threshold[draft]
+    begun = sides[draft].passes
 
-    def worthwhile(carry) -> jax.Array:
-        done, tree, sides = carry
-        best = jnp.where(_open(rnd, stage, tree, sides[draft]), trees.values(tree), -jnp.inf)
+    def worthwhile(tree, sides) -> jax.Array:
+        best = jnp.where(_open(rnd, stage, tree, sides[draft]), tree.value, -jnp.inf)
         room = rnd.drafting & (sides[draft].passes < rnd.capacities.passes[stage])
+        room &= sides[draft].passes - begun < rnd.policy.rounds[draft]
         # An empty tree's best is minus infinity, which is no pass even at threshold 0.
-        worth = jnp.any((best >= threshold) & (best > -jnp.inf))
-        return (done < rnd.policy.rounds[draft]) & room & worth
+        return jnp.any(room & (best >= threshold) & (best > -jnp.inf))
+
+    def one_pass(carry):
+        _, tree, sides = carry
+        tree, side = _draft_pass(rnd, stage, tree, sides[draft])
+        return jnp.bool(False), tree, (*sides[:draft], side, *sides[draft + 1 :])
 
     def one_round(carry):
-        done, tree, sides = carry
-        tree, side = _draft_pass(rnd, stage, tree, sides[draft])
-        sides = (*sides[:draft], side, *sides[draft + 1 :])
+        _, tree, sides = carry
         tree, sides = grow(rnd, stage + 1, tree, sides)
-        return done + 1, tree, sides
+        more = worthwhile(tree, sides)
+        # A loop of at most one trip: a conditional would copy the cache, and leaving the lower
+        # stages' last turn to after the loop would compile them twice.
+        _, tree, sides = lax.while_loop(lambda carry: carry[0], one_pass, (more, tree, sides))
+        return more, tree, sides
 
-    tree, sides = grow(rnd, stage + 1, tree, sides)
-    _, tree, sides = lax.while_loop(worthwhile, one_round, (jnp.int32(0), tree, sides))
+    carry = (jnp.bool(True), tree, sides)
+    _, tree, sides = lax.while_loop(lambda carry: carry[0], one_round, carry)
     return tree, sides
 
 
@@ -250,33 +266,42 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     """One pass of a model draft: evaluate, re-value the children there are, add new ones."""
     draft = stage - 1
     width, branch = rnd.capacities.widths[stage], rnd.capacities.branches[draft]
-    nodes, found = trees.best_nodes(
-        trees.values(tree), _open(rnd, stage, tree, side), width, rnd.policy.width[stage]
-    )
-    logits, side = evaluate(rnd, stage, side, tree, nodes, found)
+    wanted = (tree.value, _open(rnd, stage, tree, side), width, rnd.policy.width[stage])
+    nodes, found = trees.best_nodes(*wanted)
+    row, hit = trees.rows_of_best(*wanted)
+    logits, side = evaluate(rnd, stage, side, tree, nodes, found, (row, hit))
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     scored = scores(logits, rnd.noise, level, rnd.sampling)
-    log_prob = jax.nn.log_softmax(scored / rnd.tau(stage)[:, None, None], axis=-1)
+    tau = rnd.tau(stage)[:, None, None]
+    # Without the barrier the slice below merges into it, and XLA no longer sees a top-k in what
+    # is then a sort: 2 ms a pass on a CPU.
+    top = lax.top_k(scored, min(branch, scored.shape[-1]))
+    best, token = lax.optimization_barrier(top)
+    highest = best[:, :, :1]
+    total = jnp.log(jnp.sum(jnp.exp((scored - highest) / tau), axis=-1)) + (highest / tau)[:, :, 0]
 
     # Nodes that a better stage has expanded were evaluated for their keys and values only.
     ours = found & (at(tree.expanded, nodes) > stage)
-    tree = _revalue(tree, nodes, ours, log_prob)
-    best, token = lax.top_k(log_prob, min(branch, log_prob.shape[-1]))
+    hit &= tree.expanded > stage
+    tree = _revalue(tree, row, hit, scored, tau, total)
+    best = best / tau - total[:, :, None]
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     tree = _add_children(rnd, tree, nodes, token, jnp.where(allowed, best, -jnp.inf), stage)
-    return trees.mark_expanded(tree, nodes, ours, stage), side
+    return trees.mark_expanded(tree, hit, stage), side
 
 
-def _revalue(tree: TokenTree, nodes: jax.Array, ours: jax.Array, log_prob: jax.Array) -> TokenTree:
-    """Give the existing children of ``nodes`` the probabilities ``log_prob`` ``[B, W, V]``."""
-    row, hit = trees.row_of(nodes, ours, tree.capacity)
-    batch, _, vocab = log_prob.shape
-    index = at(row, tree.parent) * vocab + tree.token
-    fresh = _take(log_prob.reshape(batch, -1), index, axis=1)
+def _revalue(tree: TokenTree, row, hit, scored, tau, total) -> TokenTree:
+    """Give the existing children of the nodes in ``hit`` ``[B, N]``, whose rows are ``row``, the
+    softmax of ``scored`` ``[B, W, V]`` over ``tau``, of which ``total`` ``[B, W]`` is the
+    ``logsumexp``."""
+    batch, _, vocab = scored.shape
+    row = at(row, tree.parent)
+    fresh = _take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1)
+    fresh = fresh / tau[:, 0] - at(total, row)
     mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
     # A child that this stage rules out altogether stays, at a floor: a slot is never vacated.
     fresh = jnp.maximum(fresh, -1e4)
-    return dataclasses.replace(tree, log_prob=jnp.where(mine, fresh, tree.log_prob))
+    return trees.revalue(tree, jnp.where(mine, fresh, tree.log_prob))
 
 
 def _add_children(
@@ -284,7 +309,7 @@ def _add_children(
 ) -> TokenTree:
     """Insert children ``[B, W, X]`` of ``nodes`` ``[B, W]``, those above the floor."""
     batch, _, each = token.shape
-    path = at(trees.values(tree), nodes)[:, :, None] + log_prob
+    path = at(tree.value, nodes)[:, :, None] + log_prob
     log_prob = jnp.where(path >= rnd.policy.floor, log_prob, -jnp.inf)
     parent = jnp.broadcast_to(nodes[:, :, None], token.shape)
     flat = (parent.reshape(batch, -1), token.reshape(batch, -1), log_prob.reshape(batch, -1))
@@ -299,12 +324,13 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
 
     def level(_, tree: TokenTree) -> TokenTree:
         leaves = rnd.growable(tree) & (tree.expanded == trees.UNEXPANDED)
-        nodes, found = trees.best_nodes(trees.values(tree), leaves, width, rnd.policy.ngram_width)
+        best = (tree.value, leaves, width, rnd.policy.ngram_width)
+        nodes, found = trees.best_nodes(*best)
         recent = _recent_tokens(rnd, tree, nodes, max(match, 2))
         token, log_prob = _propose(rnd, tree, nodes, recent, branch, match)
         log_prob = jnp.where(found[:, :, None], log_prob, -jnp.inf)
         tree = _add_children(rnd, tree, nodes, token, log_prob, stage)
-        return trees.mark_expanded(tree, nodes, found, stage)
+        return trees.mark_expanded(tree, trees.rows_of_best(*best)[1], stage)
 
     return lax.fori_loop(0, jnp.where(rnd.drafting, rnd.policy.levels, 0), level, tree)
 
@@ -326,26 +352,24 @@ def _propose(
 ) -> tuple[jax.Array, jax.Array]:
     """Candidates of the n-gram stage: ``[B, W, X]`` tokens and log-probabilities."""
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
-    tokens, log_probs = [], []
-    if match:
-        token, log_prob = _look_up_text(rnd, recent[:, :, :match])
-        tokens.append(token[:, :, None])
-        log_probs.append(_win_log_prob(rnd, level, token[:, :, None], log_prob[:, :, None]))
+    listed = []
     if branch:
         assert rnd.tables is not None
         token, log_prob = rnd.tables.look_up(recent[:, :, 1], recent[:, :, 0])
         token, log_prob = token[:, :, :branch], log_prob[:, :, :branch]
         log_prob = _katz_log_prob(rnd, level, token, log_prob)
         allowed = jnp.arange(token.shape[-1]) < rnd.policy.ngram_branch
-        tokens.append(token)
-        log_probs.append(jnp.where(allowed, log_prob, -jnp.inf))
-    token, log_prob = jnp.concatenate(tokens, -1), jnp.concatenate(log_probs, -1)
-    if match and branch:
-        # Where both propose a token, the first entry (the look-up's) carries the better value;
-        # the tree refuses the second.
-        same = token == token[:, :, :1]
-        best = jnp.max(jnp.where(same, log_prob, -jnp.inf), axis=-1, keepdims=True)
-        log_prob = jnp.concatenate([best, log_prob[:, :, 1:]], axis=-1)
+        listed.append((token, jnp.where(allowed, log_prob, -jnp.inf)))
+    if match:
+        token, log_prob = (x[:, :, None] for x in _look_up_text(rnd, recent[:, :, :match]))
+        log_prob = _win_log_prob(rnd, level, token, log_prob)
+        for twin, other in listed:
+            # Where both propose a token, the first entry (the look-up's) carries the better
+            # value; the tree refuses the second.
+            same = jnp.where(twin == token, other, -jnp.inf)
+            log_prob = jnp.maximum(log_prob, jnp.max(same, axis=-1, keepdims=True))
+        listed.insert(0, (token, log_prob))
+    token, log_prob = (jnp.concatenate(entries, -1) for entries in zip(*listed, strict=True))
     return token, log_prob
 
 
@@ -359,18 +383,16 @@ def _noise_of(rnd: Round, level: jax.Array, token: jax.Array) -> jax.Array:
 def _katz_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
     """Value of trigram continuations: softmax of their perturbed scores, with the mass that is
     not listed as one more entry."""
-    listed = jnp.sum(jnp.exp(log_prob), axis=-1, keepdims=True)
-    rest = jnp.log(jnp.maximum(1.0 - listed, 1e-6))
+    rest = jnp.log(jnp.maximum(1.0 - jnp.sum(jnp.exp(log_prob), axis=-1, keepdims=True), 1e-6))
     temperature = rnd.sampling.temperature[:, None, None]
     sampled = temperature > 0
     divisor = jnp.where(sampled, temperature, 1.0)
-    perturbed = jnp.concatenate(
-        [log_prob / divisor + _noise_of(rnd, level, token), rest / divisor + EULER], axis=-1
-    )
-    plain = jnp.concatenate([log_prob, rest], axis=-1)
     tau = rnd.tau(len(rnd.models))[:, None, None]
-    score = jnp.where(sampled, perturbed, plain) / tau
-    return jax.nn.log_softmax(score, axis=-1)[:, :, :-1]
+    noise = _noise_of(rnd, level, token)
+    score = jnp.where(sampled, log_prob / divisor + noise, log_prob) / tau
+    other = jnp.where(sampled, rest / divisor + EULER, rest) / tau
+    listed = jax.nn.logsumexp(score, axis=-1, keepdims=True)
+    return score - jnp.logaddexp(listed, other)
 
 
 def _win_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:

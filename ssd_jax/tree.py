@@ -24,6 +24,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 NO_PARENT = -1
 UNEXPANDED = 127
@@ -32,33 +33,70 @@ UNEXPANDED = 127
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTree:
-    """All fields have a leading ``[B, N]``.
+    """Fields of nodes are ``[B, N]``. They lie in the rows of one array, since a GPU spends a
+    kernel on every array that a loop carries.
 
     Attributes:
-      token: int32 token ids.
-      parent: int32 node index, ``NO_PARENT`` for trunk nodes.
-      depth: int32; 0 at the root, negative in the trunk.
-      log_prob: float32 conditional log-probability given the parent; 0 in the trunk and minus
-        infinity for empty slots.
-      origin: int32 stage that proposed the node (0 is the oracle: the trunk).
-      expanded: int32 index of the best stage that gave the node its children so far,
-        ``UNEXPANDED`` if none did. Stages are numbered from the oracle, 0, downwards.
+      fields: ``[B, 8, N]`` int32 rows ``token``, ``parent``, ``depth``, ``origin``, ``expanded``,
+        ``count``, and the bits of ``log_prob`` and ``value``.
       ancestors: ``[B, N, N]`` bool, ``ancestors[b, i, j]``: node j is i or an ancestor of i.
-      count: ``[B]`` int32, slots in use.
     """
 
-    token: jax.Array
-    parent: jax.Array
-    depth: jax.Array
-    log_prob: jax.Array
-    origin: jax.Array
-    expanded: jax.Array
+    fields: jax.Array
     ancestors: jax.Array
-    count: jax.Array
+
+    @classmethod
+    def of(cls, ancestors: jax.Array, *whole: jax.Array, log_prob, value) -> TokenTree:
+        """A tree of its int32 rows in order, its float32 rows and its ancestors."""
+        real = (lax.bitcast_convert_type(row, jnp.int32) for row in (log_prob, value))
+        rows = [jnp.broadcast_to(row, log_prob.shape).astype(jnp.int32) for row in (*whole, *real)]
+        return cls(jnp.stack(rows, axis=1), ancestors)
+
+    @property
+    def token(self) -> jax.Array:
+        """Token ids."""
+        return self.fields[:, 0]
+
+    @property
+    def parent(self) -> jax.Array:
+        """Node index, ``NO_PARENT`` for trunk nodes."""
+        return self.fields[:, 1]
+
+    @property
+    def depth(self) -> jax.Array:
+        """0 at the root, negative in the trunk."""
+        return self.fields[:, 2]
+
+    @property
+    def origin(self) -> jax.Array:
+        """The stage that proposed the node (0 is the oracle: the trunk)."""
+        return self.fields[:, 3]
+
+    @property
+    def expanded(self) -> jax.Array:
+        """Index of the best stage that gave the node its children so far, ``UNEXPANDED`` if none
+        did. Stages are numbered from the oracle, 0, downwards."""
+        return self.fields[:, 4]
+
+    @property
+    def log_prob(self) -> jax.Array:
+        """Conditional log-probability given the parent; 0 in the trunk and minus infinity for
+        empty slots."""
+        return lax.bitcast_convert_type(self.fields[:, 6], jnp.float32)
+
+    @property
+    def value(self) -> jax.Array:
+        """Log-probability of the path; minus infinity for empty slots."""
+        return lax.bitcast_convert_type(self.fields[:, 7], jnp.float32)
+
+    @property
+    def count(self) -> jax.Array:
+        """``[B]`` int32, slots in use."""
+        return self.fields[:, 5, 0]
 
     @property
     def capacity(self) -> int:
-        return self.token.shape[1]
+        return self.fields.shape[2]
 
     @property
     def valid(self) -> jax.Array:
@@ -80,16 +118,18 @@ def plant(trunk: jax.Array, length: jax.Array, capacity: int) -> TokenTree:
     depth = jnp.broadcast_to(node - (size - 1), (batch, capacity))
     real = (node < size) & (depth + length[:, None] > 0)
     chain = (node[:, None] >= node[None, :]) & real[:, None, :] & real[:, :, None]
-    return TokenTree(
-        token=jnp.pad(trunk, ((0, 0), (0, capacity - size))),
-        parent=jnp.full((batch, capacity), NO_PARENT, jnp.int32),
-        depth=jnp.where(node < size, depth, 0).astype(jnp.int32),
-        log_prob=jnp.where(real, 0.0, -jnp.inf),
-        origin=jnp.zeros((batch, capacity), jnp.int32),
+    empty = jnp.where(real, 0.0, -jnp.inf)
+    return TokenTree.of(
+        chain,
+        jnp.pad(trunk, ((0, 0), (0, capacity - size))),
+        jnp.int32(NO_PARENT),
+        jnp.where(node < size, depth, 0),
+        jnp.int32(0),
         # Only the root may be given children; the rest of the trunk has its only one.
-        expanded=jnp.full((batch, capacity), UNEXPANDED, jnp.int32).at[:, : size - 1].set(-1),
-        ancestors=chain,
-        count=jnp.full((batch,), size, jnp.int32),
+        jnp.where(node < size - 1, -1, UNEXPANDED),
+        jnp.int32(size),
+        log_prob=empty,
+        value=empty,
     )
 
 
@@ -100,25 +140,36 @@ def at(field: jax.Array, nodes: jax.Array) -> jax.Array:
     return jnp.take_along_axis(field, flat, axis=1, mode="promise_in_bounds").reshape(nodes.shape)
 
 
-def values(tree: TokenTree) -> jax.Array:
-    """``[B, N]`` float32: each node's path log-probability, minus infinity for empty slots.
+def revalue(tree: TokenTree, log_prob: jax.Array) -> TokenTree:
+    """Give every node a new conditional log-probability ``[B, N]``, and its path a new value.
 
     Taking the minimum along the path makes the order exact: a child's sum may round above its
     parent's when the two reductions associate differently.
     """
-    terms = jnp.where(tree.ancestors, tree.log_prob[:, None, :], 0.0)
+    terms = jnp.where(tree.ancestors, log_prob[:, None, :], 0.0)
     sums = jnp.where(tree.valid, jnp.sum(terms, axis=-1), -jnp.inf)
     lowest = jnp.min(jnp.where(tree.ancestors, sums[:, None, :], jnp.inf), axis=-1)
-    return jnp.where(tree.valid, lowest, -jnp.inf)
+    value = jnp.where(tree.valid, lowest, -jnp.inf)
+    whole = (tree.fields[:, row] for row in range(6))
+    return TokenTree.of(tree.ancestors, *whole, log_prob=log_prob, value=value)
+
+
+def _rank(value: jax.Array, eligible: jax.Array) -> jax.Array:
+    """``[B, N]`` int32, how many eligible nodes come before each, ties to the lower index.
+
+    One N x N comparison instead of a sort, and the tie rule is explicit.
+    """
+    node = jnp.arange(value.shape[1])
+    ahead = (value[:, None, :] > value[:, :, None]) | (
+        (value[:, None, :] == value[:, :, None]) & (node[None, :] < node[:, None])
+    )
+    return jnp.sum(ahead & eligible[:, None, :], axis=-1).astype(jnp.int32)
 
 
 def best_nodes(
     value: jax.Array, eligible: jax.Array, width: int, limit: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The ``width`` best eligible nodes, best first, ties to the lower index.
-
-    By counting, for each node, how many come before it: one N x N comparison instead of a
-    sort, and the tie rule is explicit.
 
     Args:
       value: ``[B, N]`` float32.
@@ -129,15 +180,26 @@ def best_nodes(
     Returns:
       Nodes ``[B, W]`` int32 and ``[B, W]`` bool, which of them are real (a prefix).
     """
-    node = jnp.arange(value.shape[1])
-    ahead = (value[:, None, :] > value[:, :, None]) | (
-        (value[:, None, :] == value[:, :, None]) & (node[None, :] < node[:, None])
-    )
-    rank = jnp.sum(ahead & eligible[:, None, :], axis=-1)
+    rank = _rank(value, eligible)
     hit = eligible[:, None, :] & (rank[:, None, :] == jnp.arange(width)[:, None])
-    nodes = jnp.sum(jnp.where(hit, node, 0), axis=-1)
+    nodes = jnp.sum(jnp.where(hit, jnp.arange(value.shape[1]), 0), axis=-1)
     found = jnp.any(hit, axis=-1) & (jnp.arange(width) < limit)
     return nodes.astype(jnp.int32), found
+
+
+def rows_of_best(
+    value: jax.Array, eligible: jax.Array, width: int, limit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`row_of` what :func:`best_nodes` finds, from the same arguments."""
+    rank = _rank(value, eligible)
+    hit = eligible & (rank < jnp.minimum(width, limit))
+    return jnp.where(hit, rank, 0), hit
+
+
+def lineage_among(tree: TokenTree, nodes: jax.Array) -> jax.Array:
+    """``[B, W, W]`` bool: of some ``nodes`` ``[B, W]``, is the second the first or above it."""
+    row = jnp.take_along_axis(tree.ancestors, nodes[:, :, None], 1, mode="promise_in_bounds")
+    return jnp.take_along_axis(row, nodes[:, None, :], 2, mode="promise_in_bounds")
 
 
 def row_of(nodes: jax.Array, found: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -187,23 +249,26 @@ def insert(
     above = jnp.clip(parents, 0)[:, :, None]
     lineage = jnp.take_along_axis(tree.ancestors, above, axis=1, mode="promise_in_bounds")
     lineage |= jnp.eye(tree.capacity, dtype=bool)
-    return TokenTree(
-        token=put(tree.token, token),
-        parent=parents,
-        depth=jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
+    # No child's sum exceeds its parent's value: log-probabilities are at most 0.
+    value = at(tree.value, parent) + jnp.minimum(log_prob, 0.0)
+    return TokenTree.of(
+        jnp.where(new[:, :, None], lineage, tree.ancestors),
+        put(tree.token, token),
+        parents,
+        jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
+        jnp.where(new, stage, tree.origin),
+        tree.expanded,
+        jnp.minimum(slot[:, -1:] + 1, tree.capacity),
         log_prob=put(tree.log_prob, log_prob),
-        origin=jnp.where(new, stage, tree.origin),
-        expanded=tree.expanded,
-        ancestors=jnp.where(new[:, :, None], lineage, tree.ancestors),
-        count=tree.count + jnp.sum(new, axis=1).astype(jnp.int32),
+        value=put(tree.value, value),
     )
 
 
-def mark_expanded(tree: TokenTree, nodes: jax.Array, found: jax.Array, stage: int) -> TokenTree:
-    """Record that ``stage`` gave these nodes their children."""
-    _, hit = row_of(nodes, found, tree.capacity)
-    expanded = jnp.where(hit, jnp.minimum(tree.expanded, stage), tree.expanded)
-    return dataclasses.replace(tree, expanded=expanded)
+def mark_expanded(tree: TokenTree, hit: jax.Array, stage: int) -> TokenTree:
+    """Record that ``stage`` gave the nodes in ``hit`` ``[B, N]`` their children."""
+    row = jnp.arange(tree.fields.shape[1])[:, None] == 4
+    marked = jnp.where(hit[:, None] & row, jnp.minimum(tree.fields, stage), tree.fields)
+    return dataclasses.replace(tree, fields=marked)
 
 
 def accepted_path(
@@ -228,7 +293,8 @@ def accepted_path(
     node = jnp.arange(tree.capacity)
     level = jnp.arange(1, depth + 1)
     hit = accepted[:, None, :] & (tree.depth[:, None, :] == level[:, None])
-    below = jnp.where(jnp.any(hit, axis=-1), jnp.sum(jnp.where(hit, node, 0), axis=-1), root)
+    reached = jnp.any(hit, axis=-1)
+    below = jnp.where(reached, jnp.sum(jnp.where(hit, node, 0), axis=-1), root)
     first = jnp.full((tree.token.shape[0], 1), root)
     path = jnp.concatenate([first, below], axis=1).astype(jnp.int32)
-    return path, jnp.sum(accepted, axis=1).astype(jnp.int32)
+    return path, jnp.sum(reached, axis=1).astype(jnp.int32)  # one node a level

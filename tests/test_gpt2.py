@@ -31,9 +31,10 @@ def forward(model, tokens, positions=None, mask=None, cache=None, offset=0):
     return model(tokens, positions, mask=mask, cache=cache, offset=offset)
 
 
-@pytest.fixture(scope="module")
-def tiny() -> GPT2:
-    return GPT2(TINY, rngs=nnx.Rngs(0))
+@pytest.fixture(scope="module", params=["einsum", "xla"])
+def tiny(request) -> GPT2:
+    """In both layouts of the cache."""
+    return GPT2(TINY, attention=request.param, rngs=nnx.Rngs(0))
 
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
@@ -257,9 +258,32 @@ def test_keeping_a_branch_gives_the_cache_of_a_plain_prefill(tiny):
         for buffer, expected in zip(
             (*kept.keys, *kept.values), (*plain.keys, *plain.values), strict=True
         ):
-            np.testing.assert_allclose(
-                buffer[row, :, :size], expected[0, :, :size], atol=2e-5, rtol=0
-            )
+            ours, plainly = (np.moveaxis(x, kept.slot_axis, 1) for x in (buffer, expected))
+            np.testing.assert_allclose(ours[row, :size], plainly[0, :size], atol=2e-5, rtol=0)
+
+
+def test_pending_rows_settle_with_the_next_block(tiny):
+    text, nodes, after = (random_tokens(2, n, seed=n) for n in (9, 5, 2))
+    _, cache = tree_pass(tiny, text, nodes, gap=4)
+    # Row 0 accepts 0-2-4, row 1 only 0-1; the next block follows behind room for all three.
+    branches, pending = [[0, 2, 4], [0, 1]], np.array([[13, 15, 17], [13, 14, -1]], np.int32)
+    cache = dataclasses.replace(cache, pending=jnp.asarray(pending))
+    held = kv_cache.held(cache)
+    np.testing.assert_array_equal(held, [12, 11])
+    mask = np.arange(32) < held[:, None, None]
+    mask = np.repeat(mask, 2, axis=1) | (causal(2, 2, 32, 12) & (np.arange(32) >= 12))
+    positions = held[:, None] + np.arange(2)
+    logits, _ = forward(tiny, after, positions, mask, cache, cache.length)
+    settled = kv_cache.settle(cache)
+    assert settled.pending is None
+    for row, branch in enumerate(branches):
+        tokens = np.concatenate([text[row], nodes[row, branch], after[row]])[None]
+        alone, _ = forward(tiny, tokens)
+        np.testing.assert_allclose(logits[row], alone[0, -2:], atol=2e-5, rtol=0)
+        for before, moved in zip(cache.keys, settled.keys, strict=True):
+            ours, theirs = (np.moveaxis(x, cache.slot_axis, 1)[row] for x in (moved, before))
+            expected = theirs[pending[row, : len(branch)]]
+            np.testing.assert_array_equal(ours[9 : 9 + len(branch)], expected)
 
 
 @pytest.mark.parametrize("offset", [2, [0, 3, 5]])

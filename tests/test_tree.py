@@ -11,7 +11,7 @@ from ssd_jax import tree as trees
 INF = np.inf
 
 insert = jax.jit(trees.insert)
-values = jax.jit(trees.values)
+revalue = jax.jit(trees.revalue)
 best_nodes = jax.jit(trees.best_nodes, static_argnames="width")
 accepted_path = jax.jit(trees.accepted_path, static_argnames=("root", "depth"))
 
@@ -49,13 +49,13 @@ def test_drawn_tree_and_its_mask():
         [0, 0, 0, 0, 0, 0, 0, 0],  # empty
         [0, 0, 0, 0, 0, 0, 0, 0],
     ]
-    np.testing.assert_allclose(np.exp(values(tree)[0]), [1, 1, 1, 0.6, 0.3, 0.3, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(tree.value[0]), [1, 1, 1, 0.6, 0.3, 0.3, 0, 0], rtol=1e-6)
 
 
 def test_equal_values_prefer_the_lower_index():
     tree = drawn_tree()  # nodes 4 and 5 both have value 0.3
     everything = tree.valid
-    nodes, found = best_nodes(values(tree), everything, 5, jnp.int32(5))
+    nodes, found = best_nodes(tree.value, everything, 5, jnp.int32(5))
     assert nodes[0].tolist() == [0, 1, 2, 3, 4]
     assert found.all()
 
@@ -137,7 +137,7 @@ def test_invariants_hold_for_any_growth(growth):
     tree = grow_randomly(capacity, seeds)
     valid = np.asarray(tree.valid[0])
     parent, token = np.asarray(tree.parent[0]), np.asarray(tree.token[0])
-    value = np.asarray(values(tree)[0])
+    value = np.asarray(tree.value[0])
     pairs = [(parent[n], token[n]) for n in range(2, capacity) if valid[n]]
     assert len(pairs) == len(set(pairs))
     for node in range(capacity):
@@ -155,7 +155,7 @@ def test_invariants_hold_for_any_growth(growth):
 @given(random_growth(), st.sampled_from([1, 4, 14]), st.integers(1, 14))
 def test_best_nodes_are_sorted_distinct_and_closed_under_ancestors(growth, width, limit):
     tree = grow_randomly(*growth)
-    value = np.asarray(values(tree)[0])
+    value = np.asarray(tree.value[0])
     nodes, found = best_nodes(jnp.asarray(value)[None], tree.valid, width, jnp.int32(limit))
     chosen = np.asarray(nodes[0])[np.asarray(found[0])].tolist()
     order = sorted(np.flatnonzero(tree.valid[0]).tolist(), key=lambda n: (-value[n], n))

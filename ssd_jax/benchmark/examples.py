@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssd_jax.decode import RUNNING, observed_step
+from ssd_jax.decode import RUNNING, observed_step, prefill
 from ssd_jax.generate import bucket, encode_prompt, first_state, generate
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
 from ssd_jax.show import pieces
 from ssd_jax.stack import Stack
 
+_prefill = jax.jit(prefill, static_argnames="capacities")
 _step = jax.jit(observed_step, static_argnames="capacities")
 
 
@@ -65,11 +66,12 @@ def round_trees(
     state = first_state(models, [tokens], [limit], stack.eos_ids, capacities)
     uses_trigram = plan.ngram is not None and plan.ngram.branch > 0
     sampling, policy = Sampling.create(1, seed=seed, **options), Policy.of(plan)
+    tables = stack.tables if uses_trigram else None
+    state = _prefill(models, tables, state, sampling, policy, capacities)
     found = []
     for _ in range(rounds):
         if int(state.finish[0]) != RUNNING:
             break
-        tables = stack.tables if uses_trigram else None
         state, tree, verdict = _step(models, tables, state, sampling, policy, capacities)
         names = (*stack.stage_names[: len(models)], "ngram")
         tree, verdict = jax.device_get((tree, verdict))
@@ -82,13 +84,12 @@ def _nodes(stack: Stack, names, tree, verdict, root: int) -> list[dict[str, Any]
     kept = [int(i) for i in np.flatnonzero(np.isfinite(tree.log_prob[0])) if i >= root]
     index = {node: place for place, node in enumerate(kept)}
     accepted = set(verdict.path[0, : int(verdict.accepted[0]) + 1].tolist())
-    logs = np.where(tree.ancestors[0], tree.log_prob[0][None, :], 0.0).sum(-1)
     return [
         {
             "parent": index.get(int(tree.parent[0, node]), -1),
             "token": stack.tokenizer.decode([int(tree.token[0, node])]),
             "stage": names[int(tree.origin[0, node])],
-            "probability": round(float(np.exp(logs[node])), 6),
+            "probability": round(float(np.exp(tree.value[0, node])), 6),
             "evaluated": bool(verdict.evaluated[0, node]),
             "accepted": node in accepted,
         }
