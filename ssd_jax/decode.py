@@ -286,7 +286,8 @@ def _verify(rnd: Round, tree: TokenTree, cache: KVCache, pace: Pace) -> tuple[Ve
     if rnd.capacities.narrower:
         widths = (*rnd.capacities.narrower, width)
         chances = jnp.where(found & rnd.active[:, None], jnp.exp(at(tree.value, nodes)), 0.0)
-        gain = jnp.sum(chances, axis=0) / jnp.maximum(jnp.sum(rnd.active), 1)
+        active = jnp.maximum(jnp.sum(rnd.active), 1).astype(jnp.float32)
+        gain = jnp.sum(chances, axis=0) / active
         index = best_width(pace, gain, widths, rnd.policy.row_cost)
         token, margin, cache = _decide_any(rnd, tree, cache, nodes, found, widths, index)
         rows = jnp.asarray(widths)[index]
@@ -475,8 +476,8 @@ def _keep_pace(
     if len(rnd.models) == 1 and rnd.capacities.ngram is None:
         return pace  # nothing drafts
     committed = jnp.sum(emitted.count) / jnp.maximum(jnp.sum(rnd.active), 1)
-    drafted = jnp.sum(passes[1:] * rnd.policy.draft_cost)
-    looked_at = rnd.policy.row_cost * (verdict.rows - 1)
+    drafted = jnp.sum(passes[1:].astype(jnp.float32) * rnd.policy.draft_cost)
+    looked_at = rnd.policy.row_cost * (verdict.rows - 1).astype(jnp.float32)
     return after_round(pace, committed, 1 + looked_at + drafted)
 
 

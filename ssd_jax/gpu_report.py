@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssd_jax import cli, xla_flags
 from ssd_jax import decode as engine
@@ -112,11 +113,9 @@ def compile_loop(plan: Plan, target: str = "h200", layers: int = ORACLE.n_layer)
     configs = (oracle, *(DRAFT for _ in plan.drafts))
     models = tuple(abstract(config, **kinds) for config in configs)
     capacities = Capacities.of(plan, TEXT)
-    one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    text = jax.ShapeDtypeStruct((1, TEXT), jnp.int32)
-    eos = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    one, text, eos = (np.zeros(shape, np.int32) for shape in ((1,), (1, TEXT), (1, 1)))
     state = jax.eval_shape(
-        lambda *arrays: engine.init_state(*arrays, capacities), models, text, one, one, eos
+        lambda models: engine.init_state(models, text, one, one, eos, capacities), models
     )
     sampling = jax.eval_shape(lambda: Sampling.create(1, temperature=1.0, top_k=50))
     policy = jax.eval_shape(lambda: Policy.of(plan))
@@ -124,7 +123,7 @@ def compile_loop(plan: Plan, target: str = "h200", layers: int = ORACLE.n_layer)
     started = time.perf_counter()
     lowered = engine.decode.lower(*described(arguments, gpu_device(target)), capacities=capacities)
     with _captured_stderr() as log:
-        hlo = lowered.compile().as_text()
+        hlo = lowered.compile().as_text() or ""
     seconds = time.perf_counter() - started
     loop = main_loop(hlo)
     shapes = {x.shape for cache in state.caches for x in (*cache.keys, *cache.values)}
@@ -142,8 +141,9 @@ def compile_loop(plan: Plan, target: str = "h200", layers: int = ORACLE.n_layer)
 def _describe_cudnn() -> None:
     """JAX asks the installed cuDNN, of 900 MB, for no more than its version when it traces
     attention. Where there is none, the described device's answers."""
-    from jax._src.lib import cuda_versions
+    from jax._src.lib import cuda_versions as module
 
+    cuda_versions: Any = module
     if cuda_versions is not None:
         try:
             cuda_versions.cudnn_get_version()
@@ -174,7 +174,8 @@ def _captured_stderr() -> Iterator[list[str]]:
 def _tables(plan: Plan) -> NGramTables | None:
     if plan.ngram is None or not plan.ngram.branch:
         return None
-    array, rows = jax.ShapeDtypeStruct, _TRIGRAM_CONTEXTS + ORACLE.vocab_size + 1
+    array: Any = jax.ShapeDtypeStruct
+    rows = _TRIGRAM_CONTEXTS + ORACLE.vocab_size + 1
     return NGramTables(
         buckets=array((_TRIGRAM_CONTEXTS // 4, 16), jnp.uint32),
         salt=array((), jnp.uint32),

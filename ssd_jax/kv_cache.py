@@ -70,8 +70,7 @@ def write(
         return lax.dynamic_update_slice_in_dim(buffer, rows, offset, axis=slot_axis)
     # One small in-place write a row.
     for b in range(buffer.shape[0]):
-        start = [b, 0, 0, 0]
-        start[slot_axis] = offset[b]
+        start = (b, 0, offset[b], 0) if slot_axis == 2 else (b, offset[b], 0, 0)
         buffer = lax.dynamic_update_slice(buffer, rows[b : b + 1], start)
     return buffer
 

@@ -50,7 +50,9 @@ class Pace:
         return self.rest == 0
 
 
-def best_width(pace: Pace, gain: jax.Array, widths: tuple[int, ...], row_cost: jax.Array):
+def best_width(
+    pace: Pace, gain: jax.Array, widths: tuple[int, ...], row_cost: jax.Array
+) -> jax.Array:
     """Which of the oracle's compiled widths to use.
 
     A round that yields ``E`` tokens at cost ``c`` is worth ``E - rate c`` where time could buy
