@@ -219,7 +219,13 @@ def new_round(
     capacities: Capacities,
 ) -> Round:
     """What the stages look at in the round that follows ``state``."""
-    levels = jnp.arange(capacities.depth + 1)
+    positions = state.length[:, None] + jnp.arange(capacities.depth + 1)
+    vocab = models[0].config.vocab_size
+
+    def root_alone() -> jax.Array:
+        noise = gumbel_noise(sampling, positions[:, :1], vocab)
+        return jnp.pad(noise, ((0, 0), (0, capacities.depth), (0, 0)))
+
     return Round(
         models=models,
         tables=tables,
@@ -229,7 +235,11 @@ def new_round(
         active=state.finish == RUNNING,
         drafting=state.pace.drafting,
         eos=state.eos,
-        noise=gumbel_noise(sampling, state.length[:, None] + levels, models[0].config.vocab_size),
+        noise=lax.cond(
+            state.pace.drafting,
+            lambda: gumbel_noise(sampling, positions, vocab),
+            root_alone,
+        ),
         sampling=sampling,
         policy=policy,
         capacities=capacities,
@@ -237,8 +247,9 @@ def new_round(
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Bring every draft's cache up to the trunk, which its first pass takes whole. Passes made
-    in the first round are the prefill and do not count."""
+    """Bring every draft's cache up to the trunk, which its first pass takes whole, unless
+    drafting rests. Passes made in the first round are the prefill and do not count."""
+    rnd = dataclasses.replace(rnd, active=rnd.active & rnd.drafting)
     caches, passes = list(state.caches), [jnp.int32(0)]
     for draft in range(1, len(caches)):
         caches[draft], made = stages.catch_up(rnd, draft, caches[draft], rnd.capacities.trunk)
@@ -450,12 +461,12 @@ def _advance(
         real = jnp.arange(verdict.slot.shape[1]) < emitted.count[:, None]
         oracle = dataclasses.replace(oracle, pending=jnp.where(real, verdict.slot, -1))
     caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides))
-    passes = caught_up + jnp.stack([jnp.int32(1), *(side.passes for side in sides)])
+    made = jnp.stack([jnp.int32(1), *(side.passes for side in sides)])
     trace = Trace(
         origin=_write(state.trace.origin, emitted.origin, state.length),
         margin=_write(state.trace.margin, verdict.margin, state.length),
         length=state.trace.length.at[state.rounds].set(state.length),
-        passes=state.trace.passes.at[state.rounds].set(passes),
+        passes=state.trace.passes.at[state.rounds].set(caught_up + made),
         width=state.trace.width.at[state.rounds].set(verdict.rows),
     )
     return dataclasses.replace(
@@ -465,18 +476,27 @@ def _advance(
         finish=emitted.finish,
         caches=caches,
         rounds=state.rounds + 1,
-        pace=_keep_pace(rnd, state.pace, emitted, verdict, passes),
+        pace=_keep_pace(rnd, state.pace, emitted, verdict, made, caught_up),
         trace=trace,
     )
 
 
 def _keep_pace(
-    rnd: Round, pace: Pace, emitted: Emitted, verdict: Verdict, passes: jax.Array
+    rnd: Round,
+    pace: Pace,
+    emitted: Emitted,
+    verdict: Verdict,
+    made: jax.Array,
+    caught_up: jax.Array,
 ) -> Pace:
+    """The pace after this round, with ``made`` passes and ``caught_up`` more, both ``[M]``."""
     if len(rnd.models) == 1 and rnd.capacities.ngram is None:
         return pace  # nothing drafts
+    # A pass that catches up is as much wider as its chunk is.
+    wider = np.array([rnd.capacities.chunk / width for width in rnd.capacities.widths], np.float32)
+    passes = made.astype(jnp.float32) + caught_up.astype(jnp.float32) * wider
     committed = jnp.sum(emitted.count) / jnp.maximum(jnp.sum(rnd.active), 1)
-    drafted = jnp.sum(passes[1:].astype(jnp.float32) * rnd.policy.draft_cost)
+    drafted = jnp.sum(passes[1:] * rnd.policy.draft_cost)
     looked_at = rnd.policy.row_cost * (verdict.rows - 1).astype(jnp.float32)
     return after_round(pace, committed, 1 + looked_at + drafted)
 

@@ -16,7 +16,9 @@ import numpy as np
 # Weight of the past, each round, in the running sums.
 _MEMORY = 0.8
 # Longest rest, in rounds. A useless draft then costs one attempt in so many tokens.
-_LONGEST_REST = 32
+_LONGEST_REST = 64
+# A rest is so many times as long as the one before.
+_LONGER = 4
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +80,7 @@ def best_width(
 def after_round(pace: Pace, tokens: jax.Array, cost: jax.Array) -> Pace:
     """The pace after a round that committed ``tokens`` at ``cost``, both float32 per row.
 
-    When drafting does not pay, it rests: for one round, then two, four and so on until an
+    When drafting does not pay, it rests: for one round, then four, sixteen and so on until an
     attempt pays.
     """
     surplus = (pace.surplus + tokens - cost) / 2
@@ -89,7 +91,7 @@ def after_round(pace: Pace, tokens: jax.Array, cost: jax.Array) -> Pace:
         # The attempt after a rest is judged alone.
         surplus=jnp.where(failed, 0.0, surplus),
         rest=jnp.where(failed, pace.next_rest, 0),
-        next_rest=jnp.where(failed, jnp.minimum(2 * pace.next_rest, _LONGEST_REST), 1),
+        next_rest=jnp.where(failed, jnp.minimum(_LONGER * pace.next_rest, _LONGEST_REST), 1),
     )
     rested = dataclasses.replace(pace, rest=pace.rest - 1)
     return jax.tree.map(lambda a, b: jnp.where(pace.drafting, a, b), drafted, rested)

@@ -184,14 +184,14 @@ class Plan:
     def on_cpu(self) -> Plan:
         """This plan where every row of a pass costs: a narrower tree, sooner done with.
 
-        The cost is that of the shipped trio in float32 on two cores (``docs/performance.md``).
+        The costs are those of the shipped trio in float32 on two cores (``docs/performance.md``).
         """
         return dataclasses.replace(
             self,
             width=min(self.width, 12),
             narrower=(1,) if self.width > 1 else (),
             row_cost=0.05,
-            drafts=tuple(dataclasses.replace(d, threshold=0.3) for d in self.drafts),
+            drafts=tuple(dataclasses.replace(d, threshold=0.3, cost=0.15) for d in self.drafts),
         )
 
     @classmethod
