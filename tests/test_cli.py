@@ -54,6 +54,7 @@ def make_result(seconds=2.0, compile_seconds=0.0, tokens=(5, 6, 7)):
             passes={"oracle": 2, "draft": 3},
             round_tokens=[2, 1],
             round_passes={"oracle": [1, 1], "draft": [2, 1]},
+            round_widths=[12, 1],
             relative_bandwidth=0.75,
             seconds=seconds,
             compile_seconds=compile_seconds,
