@@ -18,6 +18,9 @@ ROUNDS = 3000
 LONGEST_REST = 32
 
 
+width_of = jax.jit(best_width, static_argnames="widths")
+
+
 @given(
     st.lists(st.floats(0.0, 1.0, width=32), min_size=12, max_size=12),
     st.sampled_from([(1, 12), (2, 3, 7), (1, 4, 8, 12), (5,)]),
@@ -31,7 +34,7 @@ def test_the_width_is_worth_the_most(chances, widths, row_cost, rate):
     worth = [
         sum(map(float, gain[:width])) - max(rate, 1.0) * row_cost * (width - 1) for width in widths
     ]
-    chosen = int(best_width(pace, gain, widths, np.float32(row_cost)))
+    chosen = int(width_of(pace, gain, widths, np.float32(row_cost)))
     assert worth[chosen] == pytest.approx(max(worth), abs=1e-4)
 
 
