@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,7 @@ class Plan:
     def speculative(cls, tokens: int = 4) -> Plan:
         """The classical chain (Leviathan et al. 2022): one draft, its best token each time."""
         # Width 2: after full acceptance the draft lacks two tokens, and takes both at once.
-        draft = DraftPlan(rounds=tokens, width=2, branch=1, threshold=0.0)
+        draft = DraftPlan(rounds=tokens, width=2, branch=1, threshold=0.0, cost=0.0)
         return cls(width=tokens + 1, drafts=(draft,), depth=tokens, nodes=tokens, floor=0.0)
 
     @classmethod
@@ -186,13 +186,30 @@ class Plan:
 
         The costs are those of the shipped trio in float32 on two cores (``docs/performance.md``).
         """
+        drafts = tuple(dataclasses.replace(d, threshold=0.3) for d in self.drafts)
+        narrow = dataclasses.replace(self, width=min(self.width, 12), drafts=drafts)
+        return narrow.paced(0.05, [0.15] * len(drafts))
+
+    def paced(self, row_cost: float, draft_costs: Sequence[float]) -> Plan:
+        """This plan adapting to these costs: the oracle may look at the root alone, and
+        drafting rests where it does not pay (:mod:`ssd_jax.pacing`).
+
+        Args:
+          row_cost: of each node beyond the first in an oracle pass.
+          draft_costs: of a pass of each draft; both in units of an oracle pass over one token.
+        """
+        pairs = zip(self.drafts, draft_costs, strict=True)
         return dataclasses.replace(
             self,
-            width=min(self.width, 12),
             narrower=(1,) if self.width > 1 else (),
-            row_cost=0.05,
-            drafts=tuple(dataclasses.replace(d, threshold=0.3, cost=0.15) for d in self.drafts),
+            row_cost=row_cost,
+            drafts=tuple(dataclasses.replace(draft, cost=cost) for draft, cost in pairs),
         )
+
+    def unpaced(self) -> Plan:
+        """This plan without costs: it drafts in every round, for a pass of one width."""
+        drafts = tuple(dataclasses.replace(draft, cost=0.0) for draft in self.drafts)
+        return dataclasses.replace(self, narrower=(), row_cost=0.0, drafts=drafts)
 
     @classmethod
     def for_mode(cls, mode: str, drafts: int, ngram: bool) -> Plan:

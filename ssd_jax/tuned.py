@@ -27,7 +27,7 @@ from ssd_jax.plan import Plan
 from ssd_jax.stack import Stack
 
 # Raise it when the engine's costs change so much that old plans are no longer any good.
-SCHEMA = 1
+SCHEMA = 2
 KINDS = ("greedy", "sampled")
 
 

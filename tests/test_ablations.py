@@ -33,7 +33,7 @@ def test_variants_ask_only_for_what_the_stack_has(drafts, ngram):
 
 
 def test_each_part_is_switched_off_alone():
-    default, found = Plan.staged(), named(toys.stack())
+    default, found = Plan.staged().unpaced(), named(toys.stack())
     assert found["n-gram stage", "trigram and look-up"] == default
     assert found["n-gram stage", "none"] == replace(default, ngram=None)
     assert found["n-gram stage", "trigram"].ngram == replace(default.ngram, match=0)

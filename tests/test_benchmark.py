@@ -42,6 +42,7 @@ def record(prompt, mode, seconds, tokens, oracle, repeat=0, bandwidth=0.5, chara
         "passes": {"oracle": oracle},
         "round_tokens": [len(tokens)],
         "round_passes": {"oracle": [oracle]},
+        "round_widths": [4],
         "origins": "0" * len(tokens),
         "relative_bandwidth": bandwidth,
         "min_margin": 0.5,
@@ -168,6 +169,11 @@ def test_overhead_is_what_the_passes_alone_do_not_take():
     figures = summarize(records, {"staged": {"oracle": cost}})["greedy"]["staged"]
     assert figures["overhead_share"] == pytest.approx(1 - (3 * 0.4 + 2 * 0.1) / 2.0)
     assert summarize(records)["greedy"]["staged"]["overhead_share"] is None
+    # Two of the three rounds were narrower.
+    records[0] |= {"round_passes": {"oracle": [1, 1, 1]}, "round_widths": [1, 4, 1]}
+    cost |= {"width": 4, "narrower": {"1": 0.3}}
+    figures = summarize(records, {"staged": {"oracle": cost}})["greedy"]["staged"]
+    assert figures["overhead_share"] == pytest.approx(1 - (0.4 + 2 * 0.3 + 2 * 0.1) / 2.0)
 
 
 def test_acceptance_by_depth_is_a_share_of_rounds():
@@ -331,10 +337,11 @@ def test_command_writes_results_whose_summary_follows_from_its_records(
     argv = ["--prompts", str(prompts_file), "--out", str(out), "--sampling", "greedy,topk50"]
     assert command.main(argv) == 0
     document = results.read(out / "results.json")
-    assert document["schema"] == 2
+    assert document["schema"] == results.SCHEMA
     assert len(document["records"]) == 2 * 2 * 4
     assert document["summary"] == summarize(document["records"], document["costs"])
     assert set(document["costs"]) == {*cli.MODES, "baseline-bfloat16"}
+    assert set(document["costs"]["staged"]["oracle"]["narrower"]) == {"1"}
     conditions = document["conditions"]
     assert conditions["prompts"] == "prompts.jsonl"
     assert (conditions["backend"], conditions["dtype"]) == ("cpu", "float32")
@@ -435,7 +442,7 @@ def test_results_of_other_conditions_are_not_continued(monkeypatch, tmp_path, pr
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: d.update(schema=1), "schema 2"),
+        (lambda d: d.update(schema=2), f"schema {results.SCHEMA}"),
         (lambda d: d.pop("costs"), "no costs"),
         (lambda d: d["records"][0].pop("passes"), "record 0 has no proper 'passes'"),
         (lambda d: d["records"].append("x"), "record 1 has no proper"),
@@ -443,7 +450,7 @@ def test_results_of_other_conditions_are_not_continued(monkeypatch, tmp_path, pr
     ],
 )
 def test_damaged_results_are_refused(tmp_path, change, says):
-    document = {"schema": 2, "conditions": {}, "costs": {}, "summary": {}}
+    document = {"schema": results.SCHEMA, "conditions": {}, "costs": {}, "summary": {}}
     document["records"] = [record(0, "baseline", 1.0, [1], 1)]
     path = results.write(tmp_path, document)
     assert results.read(path) == document
@@ -457,7 +464,7 @@ def test_damaged_results_are_refused(tmp_path, change, says):
 
 
 def test_a_failed_write_leaves_the_old_results(tmp_path):
-    path = results.write(tmp_path, {"schema": 2})
+    path = results.write(tmp_path, {"schema": results.SCHEMA})
     before = path.read_bytes()
     with pytest.raises(ValueError):
         results.write(tmp_path, {"figure": float("nan")})

@@ -54,6 +54,7 @@ def make_result(seconds=2.0, compile_seconds=0.0, tokens=(5, 6, 7)):
             passes={"oracle": 2, "draft": 3},
             round_tokens=[2, 1],
             round_passes={"oracle": [1, 1], "draft": [2, 1]},
+            round_widths=[12, 1],
             relative_bandwidth=0.75,
             seconds=seconds,
             compile_seconds=compile_seconds,
@@ -76,6 +77,7 @@ class FakeEngine:
     error: BaseException | None = None
 
     drafts: tuple = ("draft",)
+    ngram: None = None
 
     def load(self, path=None, **parts):
         self.loads.append((path, parts))
@@ -382,11 +384,13 @@ def run_script(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=60)
 
 
-def test_verbose_says_where_the_time_went(engine, capsys):
-    assert cli.main(["--verbose", "--json", "x"]) == 0
+def test_verbose_shows_the_plan_and_where_the_time_went(engine, capsys):
+    assert cli.main(["--verbose", "--json", "--plan", "default", "x"]) == 0
     captured = capsys.readouterr()
     assert set(json.loads(captured.out)) == JSON_KEYS
-    (line,) = captured.err.splitlines()
+    head, *plan, line = captured.err.splitlines()
+    assert head == "plan of mode staged, default:"
+    assert Plan.from_json("\n".join(plan)) == Plan.staged(1, False).on_cpu()
     words = ("first text after", "imports", "models", "program 4.00 (compiled)", "rest")
     assert all(word in line for word in words)
 

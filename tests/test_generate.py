@@ -116,7 +116,8 @@ def test_every_mode_writes_the_same(stack):
 def test_relative_bandwidth_counts_bytes_by_hand(stack):
     """The chain on random models, which never agree: each round has an oracle pass and four
     draft passes over the text so far, fewer where the end of the text is nearer."""
-    result = ssd_jax.generate(stack, [5, 6, 7], max_new_tokens=12, mode="speculative")
+    chain = Plan.speculative().unpaced()
+    result = ssd_jax.generate(stack, [5, 6, 7], max_new_tokens=12, plan=chain)
     lengths = range(3, 15)
     passes = [min(4, 14 - n) for n in lengths]
     assert result.stats.passes == {"oracle": 12, "draft": sum(passes)}

@@ -36,6 +36,7 @@ def record(prompt, mode, sampling, seconds, tokens, rounds, origins):
         "passes": {"oracle": len(rounds)},
         "round_tokens": rounds,
         "round_passes": {"oracle": [1] * len(rounds)},
+        "round_widths": [8] * len(rounds),
         "origins": origins,
         "relative_bandwidth": 1.0 if mode == "baseline" else 0.31415,
         "min_margin": 0.0123,
@@ -79,12 +80,20 @@ def document():
         own = (("baseline", 2.0, [1] * 4, "0000"), ("speculative", 1.0, [2, 2], "1010"))
         for mode, seconds, rounds, origins in (*own, ("staged", 0.5 + prompt, [4], "2210")):
             records.append(record(prompt, mode, sampling, seconds, tokens, rounds, origins))
-        unknown = ("characters", "round_tokens", "round_passes", "origins", "relative_bandwidth")
+        unknown = (
+            "characters",
+            "round_tokens",
+            "round_passes",
+            "round_widths",
+            "origins",
+            "relative_bandwidth",
+        )
         peer = dict.fromkeys((*unknown, "min_margin")) | {"passes": {}}
         records.append(record(prompt, "hf", sampling, 4.0, tokens, [], "") | peer)
-    costs = {"staged": {"oracle": dict(width=8, seconds=0.1, prefill_width=4, prefill_seconds=0.1)}}
+    own = dict(width=8, seconds=0.1, prefill_width=4, prefill_seconds=0.1, narrower={"1": 0.0472})
+    costs = {"staged": {"oracle": own}}
     return {
-        "schema": 2,
+        "schema": 3,
         "conditions": {
             "date": "2026-11-21T15:22:54+00:00",
             "device": "AMD EPYC",
@@ -165,6 +174,8 @@ def test_the_figures_of_the_document_appear():
     assert staged[7:] == ["2 of 2", "0 %", "0 %", "0.012"]
     (peer, _) = [row for row in table if row[0] == "hf" and len(row) == 11]
     assert peer[1:] == ["1.0", "0.50×", "–", "–", "–", "–", "2 of 2", "0 %", "0 %", "–"]
+    assert ["staged, oracle", "8", "100", "4", "100", ""] in table
+    assert ["staged, oracle, narrower", "1", "47.2", "", "", ""] in table
     assert "All 8 texts of the drafting modes are identical" in text
     assert "4.00 tokens per oracle pass, 0.31 of plain decoding’s bytes per token" in text
     for words in ("2026-11-21 15:22 UTC", "AMD EPYC, 2 cores", "1.93 GB", "e1a26368c430, edited"):

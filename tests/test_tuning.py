@@ -12,7 +12,7 @@ import toys
 import ssd_jax
 from ssd_jax import tuned
 from ssd_jax.costs import PassCosts
-from ssd_jax.errors import PromptError, SamplingError
+from ssd_jax.errors import PlanError, PromptError, SamplingError
 from ssd_jax.generate import generate_batch, resolve_plan
 from ssd_jax.plan import DraftPlan, NGramPlan, Plan
 from ssd_jax.sampling import Sampling
@@ -25,7 +25,7 @@ CAPACITY = 64
 NEW_TOKENS = 24
 PROMPTS = [[1, 2, 3], [5, 5, 4, 3, 9, 11, 2, 5, 5, 4, 30]]
 SAMPLINGS = {"greedy": {}, "sampled": dict(temperature=1.0, top_k=9)}
-SHY = DraftPlan(rounds=2, width=2, branch=2, threshold=0.2)
+SHY = DraftPlan(rounds=2, width=2, branch=2, threshold=0.2, cost=0.0)
 # Its trees answer for nearly all that the plans below ask.
 GENEROUS = Plan(
     width=1,
@@ -48,7 +48,7 @@ PLANS = {
     # The tree is full, and the n-gram's guesses leave the draft behind the text.
     "full": Plan(
         width=4,
-        drafts=(DraftPlan(rounds=1, width=2, branch=1, threshold=0.0),),
+        drafts=(DraftPlan(rounds=1, width=2, branch=1, threshold=0.0, cost=0.0),),
         ngram=NGramPlan(levels=3, width=3, branch=1, match=4),
         depth=5,
         nodes=5,
@@ -57,7 +57,7 @@ PLANS = {
     ),
     "off": Plan(
         width=4,
-        drafts=(DraftPlan(rounds=0, width=2),),
+        drafts=(DraftPlan(rounds=0, width=2, cost=0.0),),
         ngram=NGramPlan(levels=2, width=2, branch=1, match=2),
         depth=4,
         nodes=8,
@@ -141,6 +141,33 @@ def test_what_the_logs_cannot_answer_is_told():
     assert 0 < sum(walk.answered for walk in walks) < sum(walk.asked for walk in walks)
 
 
+def test_a_replay_refuses_plans_that_the_logs_do_not_hold_for():
+    stack = toys.stack("between", layers=1)
+    for kind, options in SAMPLINGS.items():
+        replay = Replay(logs_of(stack, Sampling.create(1, **options), GENEROUS))
+        plan, (draft,) = PLANS["full"], PLANS["full"].drafts
+        other = {"greedy": "sampled", "sampled": "greedy"}[kind]
+        ours, theirs = replace(draft, **{f"tau_{kind}": 0.9}), replace(draft, **{f"tau_{other}": 2})
+        assert replay.walks(replace(plan, drafts=(theirs,)))  # of the other kind, not asked for
+        with pytest.raises(PlanError, match="the plan has 0.9"):
+            replay.walks(replace(plan, drafts=(ours,)))
+        for adapting in (plan.paced(0.1, [0.0]), replace(plan, drafts=(replace(draft, cost=0.1),))):
+            with pytest.raises(PlanError, match="unpaced"):
+                replay.walks(adapting)
+            assert replay.walks(adapting.unpaced()) == replay.walks(plan)
+
+
+def test_a_plan_is_paced_by_what_passes_cost():
+    seconds = {"oracle": {1: 4.0, 6: 9.0}, "draft": {1: 0.4, 4: 1.0}, "draft2": {1: 0.1}}
+    draft = DraftPlan(width=4, cost=7.0)
+    plan = Plan(width=6, drafts=(draft, replace(draft, width=1)), depth=4, nodes=9)
+    paced = cost.paced(plan, PassCosts(seconds, slots=32))
+    assert (paced.narrower, paced.row_cost) == ((1,), pytest.approx((9 - 4) / 5 / 4))
+    assert [own.cost for own in paced.drafts] == pytest.approx([1 / 4, 0.1 / 4])
+    assert paced.unpaced() == plan.unpaced() != plan
+    assert cost.paced(Plan.baseline(), PassCosts(seconds, slots=32)) == Plan.baseline()
+
+
 def test_costs_are_recovered_from_runs():
     planted = np.array([1.2, 2e-4, 5e-5, 0.0, 3e-6, 1e-8])
     amounts = np.random.default_rng(0).integers(1, 90, (12, 6))
@@ -179,6 +206,7 @@ def test_the_search_stays_within_what_the_stack_can(space):
     assert len(ranking) > 10 and [s for s, _ in ranking] == sorted(s for s, _ in ranking)
     for _, plan in ranking:
         plan.check_stack(space.drafts, space.trigram)
+        assert plan == plan.unpaced()
         assert 1 < plan.width <= min(space.max_width, plan.nodes + 1)
     best = ranking[0][1]
     if space.drafts:
@@ -207,7 +235,7 @@ def test_plans_are_kept_for_this_device_and_stack_alone(monkeypatch):
 
 def test_generate_follows_the_kept_plan_of_its_kind(tmp_path):
     stack = toys.stack(layers=1)
-    default = Plan.staged(1, True)
+    default = Plan.staged(1, True).on_cpu()
     assert resolve_plan(stack, "staged", None, sampled=False) == (default, "default")
     path = tuned.save(stack, tuned.Tuned({"greedy": SMALL}, {"greedy": 1.5}, COSTS))
     plan, source = resolve_plan(stack, "staged", None, sampled=False)
@@ -226,7 +254,7 @@ def test_generate_follows_the_kept_plan_of_its_kind(tmp_path):
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
         lambda text: "\xff",
-        lambda text: text.replace('"schema": 1', '"schema": 0'),
+        lambda text: text.replace(f'"schema": {tuned.SCHEMA}', '"schema": 0'),
         lambda text: text.replace('"width": 3', '"width": "3"'),
         lambda text: text.replace('"branch": 0', '"branch": 2'),  # a trigram that is not there
         lambda text: text.replace('"greedy"', '"gready"'),
@@ -243,7 +271,7 @@ def test_damaged_files_are_ignored_and_named(change):
     path.write_text(damaged, encoding="latin-1")
     with pytest.warns(UserWarning, match=path.name):
         plan, source = resolve_plan(stack, "staged", None, sampled=False)
-    assert (plan, source) == (Plan.staged(1, False), "default")
+    assert (plan, source) == (Plan.staged(1, False).on_cpu(), "default")
     with pytest.warns(UserWarning, match=path.name):
         tuned.save(stack, tuned.Tuned({"greedy": SMALL}, {"greedy": 1.5}, COSTS))
     assert tuned.load(stack).plans == {"greedy": SMALL}
@@ -256,7 +284,7 @@ def pretend(monkeypatch, oracle, draft):
     def timed(self, index, plan, options):
         result = run(self, index, plan, options)
         stats = result.stats
-        seconds = stats.rounds * oracle(plan.width)
+        seconds = sum(map(oracle, stats.round_widths))
         for name, own in zip(("draft",), plan.drafts, strict=False):
             seconds += stats.passes[name] * draft(own.width)
         return replace(result, stats=replace(stats, seconds=seconds))
@@ -279,9 +307,13 @@ def test_a_useless_draft_on_a_narrow_device_is_left_alone(monkeypatch):
     rows = {row.name: row for row in found.rows["greedy"]}
     assert found.tuned.plans["greedy"] == Plan.baseline() and rows["baseline"].kept
     assert rows["default"].speedup < rows["found 1"].speedup <= 1
-    assert not rows["found 1"].plan.drafts  # of what speculates, the cheapest
+    best = rows["found 1"].plan
+    assert not best.drafts  # of what speculates, the cheapest
+    # What ran is what would be kept: the costs are those of its passes.
+    assert (best.narrower, best.row_cost) == ((1,), pytest.approx(1.0))
+    assert rows["default"].plan == Plan.staged(1, False).on_cpu()
     for row in rows.values():
-        if row.name != "baseline":
+        if row.name in ("wide", "narrow", "chain"):  # the others rest, which is not predicted
             assert row.predicted_tokens_per_pass == pytest.approx(row.tokens_per_pass, rel=0.1)
     assert resolve_plan(stack, "staged", None, sampled=False)[0] == Plan.baseline()
 

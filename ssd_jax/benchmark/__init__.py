@@ -4,7 +4,7 @@ Method: every prompt is decoded by all modes in turn, so that a disturbance of t
 them alike; a run that had to compile is not recorded but repeated; seconds are those that the
 engine reports, prompt included, which end when the tokens are on the host.
 
-``results.json`` (schema 2) holds
+``results.json`` (schema 3) holds
 
 ``conditions``
   device, versions, models, options; ``stages`` names the stages by index, ``weight_bytes`` and
@@ -12,13 +12,15 @@ engine reports, prompt included, which end when the tokens are on the host.
   and of ``MODE, sampled`` where sampled texts follow another (the tuner finds one for each kind).
 ``costs[mode][stage]`` (``MODE, sampled`` too, as in ``plans``)
   a pass of the stage alone: ``width`` tokens in ``seconds``, and ``prefill_width`` tokens in
-  ``prefill_seconds``, medians over a cache of ``slots``.
+  ``prefill_seconds``, medians over a cache of ``slots``; ``narrower``, the seconds by each other
+  width that the oracle may choose.
 ``records``
   one per prompt, mode, sampling and repeat: ``prompt`` (its index), ``dtype``, ``prompt_tokens``,
   ``seconds``, ``compile_seconds``, ``new_tokens``, ``characters``, ``tokens`` (ids),
   ``finish_reason``, ``passes`` by stage, ``round_tokens`` and ``round_passes`` (the same round
-  by round), ``origins`` (for each token the index of the stage that proposed it, one character
-  each), ``relative_bandwidth``, ``min_margin``. What a peer does not tell is ``null``.
+  by round), ``round_widths`` (tokens in the oracle's pass, round by round), ``origins`` (for each
+  token the index of the stage that proposed it, one character each), ``relative_bandwidth``,
+  ``min_margin``. What a peer does not tell is ``null``.
 ``summary[sampling][mode]``
   computed from records and costs alone:
 

@@ -9,6 +9,9 @@ level by level; but which of them are expanded still depends on the probabilitie
 is far wider than deep.) The reference's rows have neither seconds nor bandwidth, and no n-gram;
 its trees by value are the engine's idea in the same terms.
 
+No variant rests or narrows its passes, so that each draws on all of its parts in every round: what
+that run-time adaptation is worth is a variant of its own.
+
 Most of the time goes into compilation: one program for each plan and capacity of the text, so
 prompts of similar length are measured soonest.
 """
@@ -23,8 +26,8 @@ from typing import Any
 
 from ssd_jax.benchmark import schemes
 from ssd_jax.benchmark.schemes import Scheme
-from ssd_jax.generate import encode_prompt, generate
-from ssd_jax.plan import Plan
+from ssd_jax.generate import encode_prompt, generate, resolve_plan
+from ssd_jax.plan import DEFAULT, Plan
 from ssd_jax.stack import Stack
 
 WIDTHS = (4, 8, 12, 16, 20, 24, 32, 48, 64)
@@ -64,9 +67,14 @@ BASELINE = Variant("shape", "plain decoding", Plan.baseline())
 
 
 def variants(stack: Stack) -> list[Variant]:
-    """The variants of a stack's default plan; ``BASELINE`` is not among them."""
-    plan = Plan.staged(len(stack.drafts), stack.ngram is not None)
-    found = [Variant("shape", "staged tree (default)", plan)]
+    """The variants of the staged plan; ``BASELINE`` is not among them."""
+    plan = Plan.staged(len(stack.drafts), stack.ngram is not None).unpaced()
+    default, _ = resolve_plan(stack, "staged", DEFAULT, sampled=False)
+    found = [
+        Variant("shape", "staged tree", plan),
+        Variant("adaptation", "none", default.unpaced()),
+        Variant("adaptation", "rests and narrower passes (default)", default),
+    ]
     if stack.drafts:
         found += _model_variants(plan)
     found += _ngram_variants(stack, plan)
@@ -86,7 +94,7 @@ def _model_variants(plan: Plan) -> list[Variant]:
         replace(d, width=5, threshold=0.0, tau_greedy=1e3, tau_sampled=1e3) for d in drafts
     )
     return [
-        *(Variant("shape", f"chain of {size}", Plan.speculative(size)) for size in CHAINS),
+        *(Variant("shape", f"chain of {n}", Plan.speculative(n).unpaced()) for n in CHAINS),
         Variant("shape", "tree", alone),
         Variant("shape", "tree, level by level", replace(alone, drafts=level, floor=0.0)),
         Variant("staging", "plain draft", alone),

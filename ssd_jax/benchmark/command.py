@@ -288,22 +288,28 @@ def _costs(own: dict[str, tuple[Stack, Plan]], records: list[Record]) -> Costs:
         slots = max(text, plan.chunk, *capacities.widths)
         passes = [(m, w) for m, w in zip(models, capacities.widths, strict=True)]
         prefill = [(model, plan.chunk) for model in models]
-        seconds = pass_seconds([*passes, *prefill], slots=slots)
+        narrower = [(stack.oracle, width) for width in capacities.narrower]
+        seconds = pass_seconds([*passes, *prefill, *narrower], slots=slots)
+        others = seconds[2 * len(models) :]
         costs[mode] = {
             name: {
                 "width": width,
                 "seconds": alone,
                 "prefill_width": plan.chunk,
                 "prefill_seconds": chunk,
+                "narrower": {},
                 "slots": slots,
             }
             for name, width, alone, chunk in zip(
                 stack.stage_names[: len(models)],
                 capacities.widths,
                 seconds[: len(models)],
-                seconds[len(models) :],
+                seconds[len(models) : 2 * len(models)],
                 strict=True,
             )
+        }
+        costs[mode]["oracle"]["narrower"] = {  # names of JSON are strings
+            str(width): alone for width, alone in zip(capacities.narrower, others, strict=True)
         }
     return costs
 

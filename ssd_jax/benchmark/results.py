@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ssd_jax.plan import Plan
     from ssd_jax.stack import Stack
 
-SCHEMA = 2
+SCHEMA = 3
 NAME = "results.json"
 VERSIONED = ("ssd-jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2")
 # What may differ where a run is continued: when and in which disturbance it was measured.
@@ -45,6 +45,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "passes": (dict,),
     "round_tokens": (list, type(None)),
     "round_passes": (dict, type(None)),
+    "round_widths": (list, type(None)),
     "origins": (str, type(None)),
     "relative_bandwidth": (int, float, type(None)),
     "min_margin": (int, float, type(None)),

@@ -93,9 +93,18 @@ def _overhead_share(records: Sequence[Record], costs: dict) -> float | None:
         for stage, cost in costs.items():
             prefill = math.ceil((record["prompt_tokens"] - 1) / cost["prefill_width"])
             alone += prefill * cost["prefill_seconds"]
-            alone += record["passes"][stage] * cost["seconds"]
+            alone += _seconds_alone(record, stage, cost)
     total = sum(record["seconds"] for record in records)
     return 1 - alone / total if total else None
+
+
+def _seconds_alone(record: Record, stage: str, cost: dict) -> float:
+    """Of a stage's passes after the prompt's; the oracle's are of the width of their round."""
+    narrower = cost.get("narrower")  # schema 2 has neither these nor the rounds' widths
+    if not narrower:
+        return record["passes"][stage] * cost["seconds"]
+    rounds = zip(record["round_passes"][stage], record["round_widths"], strict=True)
+    return sum(count * narrower.get(str(width), cost["seconds"]) for count, width in rounds)
 
 
 def _acceptance_by_depth(records: Sequence[Record]) -> list[float] | None:

@@ -187,10 +187,14 @@ def _cells(row: Row) -> list[str]:
 
 def describe(plan: Plan) -> str:
     """A plan in a line: the oracle's width, nodes and depth; then each stage."""
-    parts = [f"width {plan.width}"]
+    parts = ["width " + " or ".join(map(str, (*plan.narrower, plan.width)))]
     if plan.drafts or plan.ngram:
         parts[0] += f" of {plan.nodes}, depth {plan.depth}"
-    parts += [f"draft r{d.rounds} w{d.width} b{d.branch} th {d.threshold:g}" for d in plan.drafts]
+    if plan.row_cost:
+        parts[0] += f", a row {plan.row_cost:.2g}"
+    for d in plan.drafts:
+        cost = f" cost {d.cost:.2g}" if d.cost else ""
+        parts.append(f"draft r{d.rounds} w{d.width} b{d.branch} th {d.threshold:g}{cost}")
     if (ngram := plan.ngram) is not None:
         parts.append(f"n-gram l{ngram.levels} w{ngram.width} b{ngram.branch} m{ngram.match}")
     return "; ".join(parts)

@@ -50,6 +50,17 @@ def measure_passes(stack: Stack, slots: int) -> PassCosts:
     return PassCosts(seconds, slots)
 
 
+def paced(plan: Plan, costs: PassCosts) -> Plan:
+    """A plan that adapts to what passes cost here."""
+    oracle, *drafts = costs.seconds
+    plain = costs.of(oracle, 1)
+    rows = max(plan.width - 1, 1)
+    # Of a noisy measurement a wider pass may come out the cheaper one.
+    row_cost = max(costs.of(oracle, plan.width) - plain, 0.0) / rows / plain
+    passes = zip(drafts, plan.drafts, strict=False)
+    return plan.paced(row_cost, [costs.of(name, own.width) / plain for name, own in passes])
+
+
 @dataclasses.dataclass(frozen=True)
 class CostModel:
     """Predicts seconds.

@@ -15,6 +15,7 @@ from jax import lax
 from ssd_jax import decode as engine
 from ssd_jax import stages
 from ssd_jax import tree as trees
+from ssd_jax.errors import PlanError
 from ssd_jax.generate import first_state
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
@@ -56,6 +57,7 @@ class TextLog:
       context: the longest text that each draft can read.
       eos: end-of-text ids.
       temperature: 0 where the text is greedy.
+      taus: by which each draft's scores were divided.
       distributions: of each draft, by context: the best ``LISTED`` continuations with their
         log-probabilities (``log_softmax`` of the draft's scores, noise included), best first.
       noise: ``[T, V]`` float32, of the positions from ``start`` on; empty where greedy.
@@ -68,9 +70,21 @@ class TextLog:
     context: tuple[int, ...]
     eos: frozenset[int]
     temperature: float
+    taus: tuple[float, ...]
     distributions: tuple[dict[Context, dict[int, float]], ...]
     noise: np.ndarray
     tables: NGramTables | None
+
+    def check_taus(self, plan: Plan) -> None:
+        """Raise :class:`PlanError` if the log does not hold for a plan's drafts."""
+        pairs = zip(plan.drafts, self.taus, strict=False)
+        for number, (draft, tau) in enumerate(pairs, 1):
+            own = draft.tau_sampled if self.temperature else draft.tau_greedy
+            if own != tau:
+                raise PlanError(
+                    f"draft {number} was logged with tau {tau:g}, and the plan has {own:g}; "
+                    "log the text with the plan's taus"
+                )
 
     def below(self, context: Context, token: int) -> Context:
         """The context of a child."""
@@ -103,7 +117,7 @@ def log_text(
       limit: the length at which the text had to end.
       sampling: one row, as the text was written.
       capacity: text that the buffers hold, at least ``limit``; a new one compiles anew.
-      plan: what grows the trees, by default :func:`generous`.
+      plan: what grows the trees, by default :func:`generous`; the log is of its drafts' taus.
       on_share: told after every position, which share of them is over.
     """
     plan = plan or generous(len(stack.drafts), stack.ngram is not None)
@@ -114,13 +128,15 @@ def log_text(
     state = dataclasses.replace(state, finish=jnp.zeros_like(state.finish))
     arguments = (models, stack.tables, sampling, Policy.of(plan))
     state = _prefill(*arguments, state, capacities)
+    temperature = float(sampling.temperature[0])
     log = TextLog(
         tokens=tuple(tokens),
         start=start,
         limit=limit,
         context=tuple(draft.config.n_positions for draft in stack.drafts),
         eos=frozenset(stack.eos_ids),
-        temperature=float(sampling.temperature[0]),
+        temperature=temperature,
+        taus=tuple(d.tau_sampled if temperature else d.tau_greedy for d in plan.drafts),
         distributions=tuple({} for _ in stack.drafts),
         noise=_noise(sampling, start, len(tokens) + DEPTH + 1, stack.vocab_size),
         tables=stack.tables,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from ssd_jax.errors import PlanError
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Plan
 from ssd_jax.stages import EULER
@@ -69,9 +70,19 @@ class Replay:
         self._grown: list[dict[tuple, _Grown]] = []
 
     def walks(self, plan: Plan) -> list[Walk]:
-        """One walk for each log, from the prompt's end to the text's."""
+        """One walk for each log, from the prompt's end to the text's.
+
+        Raises:
+          PlanError: the plan is paced, or its drafts' taus are not those of the logs.
+        """
+        if plan != plan.unpaced():
+            raise PlanError(
+                "a replay knows no rests and no narrower passes; replay Plan.unpaced() instead"
+            )
         key = dataclasses.replace(plan, width=1)
         if key != self._plan:
+            for log in self.logs:
+                log.check_taus(plan)
             self._plan, self._grown = key, [{} for _ in self.logs]
         return [
             _walk(log, plan, ngram, grown)

@@ -1,4 +1,7 @@
-"""The search for the plan that is predicted to be the fastest."""
+"""The search for the plan that is predicted to be the fastest.
+
+All plans here are unpaced: a replay knows no rests.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ DRAFT = {
     "rounds": (1, 2, 3, 4, 5, 6, 8),
     "width": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16),
     "branch": (1, 2, 3, 4, 6, 8),
-    "threshold": (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7),
+    "threshold": (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7),
 }
 NGRAM = {
     "levels": (0, 1, 2, 3, 4, 6),
@@ -55,6 +58,10 @@ class Space:
             return False
         return plan.depth <= DEPTH and all(draft.branch <= LISTED for draft in plan.drafts)
 
+    def wide(self) -> Plan:
+        """The default's tree where rows of a pass cost little."""
+        return self._within(Plan.staged(self.drafts, self.trigram))
+
     def narrow(self) -> Plan:
         """A small tree, for devices where a row of a pass costs much."""
         return self._within(
@@ -68,14 +75,16 @@ class Space:
         )
 
     def starts(self) -> list[Plan]:
-        """Where the search begins: the default, a narrow tree, the n-gram alone, a chain."""
-        default = Plan.staged(self.drafts, self.trigram)
-        found = [default, self.narrow(), replace(default, drafts=(), width=8, nodes=24, depth=8)]
+        """Where the search begins: the defaults, a narrow tree, the n-gram alone, a chain."""
+        wide = self.wide()
+        found = [wide, Plan.staged(self.drafts, self.trigram).on_cpu(), self.narrow()]
+        found.append(replace(wide, drafts=(), width=8, nodes=24, depth=8))
         if self.drafts:
             found.append(Plan.speculative(3))
         return [plan for plan in map(self._within, found) if self.allows(plan)]
 
     def _within(self, plan: Plan) -> Plan:
+        plan = plan.unpaced()
         return replace(plan, width=min(plan.width, self.max_width))
 
     def widths(self, plan: Plan) -> list[Plan]:

@@ -12,8 +12,15 @@ from typing import Any
 
 from ssd_jax import tuned
 from ssd_jax.errors import PromptError, SamplingError
-from ssd_jax.generate import GenerationResult, Stats, bucket, encode_prompt, generate_batch
-from ssd_jax.plan import Plan
+from ssd_jax.generate import (
+    GenerationResult,
+    Stats,
+    bucket,
+    encode_prompt,
+    generate_batch,
+    resolve_plan,
+)
+from ssd_jax.plan import DEFAULT, Plan
 from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack
 from ssd_jax.tuning import cost
@@ -32,10 +39,11 @@ class Row:
     """One plan, predicted and measured.
 
     Attributes:
-      name: ``default``, ``narrow``, ``chain``, ``baseline`` or ``found 1`` ...
-      plan: the plan.
-      predicted_speedup, speedup: over plain decoding, medians over the prompts. Predictions of
-        plain decoding, or before the calibration was over, are ``None``.
+      name: ``baseline``; ``wide``, ``narrow`` or ``chain``, which costs are fitted to; ``default``
+        (this device's) or ``found 1`` ...
+      plan: the plan, as it ran.
+      predicted_speedup, speedup: over plain decoding, medians over the prompts. Predictions are
+        of the unpaced plan; of plain decoding, or before the calibration was over, ``None``.
       predicted_tokens_per_pass, tokens_per_pass: over all prompts.
       coverage: share of the nodes the replay's drafts evaluated that the logs could answer for.
       kept: whether this is the plan that was stored.
@@ -218,12 +226,12 @@ class _Job:
         self.bench, self.kind, self.options = bench, kind, options
         self.costs, self.space = costs, space
         self.say: Progress = lambda what, share: say(f"{kind}: {what}", share)
-        default = Plan.staged(space.drafts, space.trigram)
-        self.plans = {"baseline": Plan.baseline(), "default": default}
-        # Plans unlike the default, so that the terms can be told apart.
-        self.plans["narrow"] = space.narrow()
+        # Costs are fitted to plans unlike each other, so that the terms can be told apart.
+        self.fitted = {"wide": space.wide(), "narrow": space.narrow()}
         if space.drafts:
-            self.plans["chain"] = Plan.speculative(4)
+            self.fitted["chain"] = Plan.speculative(4).unpaced()
+        default, _ = resolve_plan(bench.stack, "staged", DEFAULT, sampled=kind != "greedy")
+        self.plans = {"baseline": Plan.baseline(), "default": default} | self.fitted
         self.replay = Replay([])
         self.model: CostModel | None = None
         self.measured: dict[str, _Measured] = {}
@@ -251,8 +259,8 @@ class _Job:
         self.replay = Replay(logs)
         self._measure(list(self.plans), repeats, "calibration runs")
         samples = []
-        for name in self.plans.keys() - {"baseline"}:  # whose rounds are another, shorter program
-            plan, runs = self.plans[name], self.measured[name].seconds
+        for name, plan in self.fitted.items():
+            runs = self.measured[name].seconds
             for log, walk, seconds in zip(logs, self.replay.walks(plan), runs, strict=True):
                 samples.append((cost.amounts(self.costs, plan, walk, log), seconds))
         self.model = CostModel(self.costs, cost.fit(samples))
@@ -270,12 +278,13 @@ class _Job:
             self.say("search interrupted, confirming what it found", 1.0)
 
     def confirm(self, count: int, repeats: int) -> None:
-        """Run the plans with the best predictions against plain decoding and the default."""
-        known = set(self.plans.values())
-        fresh = [plan for _, plan in self.ranking if plan not in known][:count]
-        self.plans |= {f"found {place}": plan for place, plan in enumerate(fresh, 1)}
-        names = ["baseline", "default", *(name for name in self.plans if name[:5] == "found")]
-        self._measure(names, repeats, "confirming")
+        """Run the plans with the best predictions, as they would be kept, against plain decoding
+        and the default."""
+        best = [cost.paced(plan, self.costs) for _, plan in self.ranking[: count + 1]]
+        fresh = [plan for plan in best if plan != self.plans["default"]][:count]
+        found = {f"found {place}": plan for place, plan in enumerate(fresh, 1)}
+        self.plans |= found
+        self._measure(["baseline", "default", *found], repeats, "confirming")
 
     def rows(self) -> list[Row]:
         """All plans that were measured. Of the last ones, which took turns, the fastest is kept:
@@ -292,11 +301,11 @@ class _Job:
         row = Row(name, plan, None, figures[0], None, figures[1], None, kept)
         if self.model is None or name == "baseline":
             return row
-        walks = self.replay.walks(plan)
+        walks = self.replay.walks(plan.unpaced())
         asked = sum(walk.asked for walk in walks)
         return replace(
             row,
-            predicted_speedup=1 / statistics.median(self._relatives(plan)),
+            predicted_speedup=1 / statistics.median(self._relatives(plan.unpaced())),
             predicted_tokens_per_pass=sum(w.tokens for w in walks) / sum(w.rounds for w in walks),
             coverage=sum(walk.answered for walk in walks) / asked if asked else 1.0,
         )
