@@ -15,7 +15,7 @@ from ssd_jax.plan import DraftPlan, NGramPlan, Plan
 from ssd_jax.sampling import Sampling
 
 ROUNDS = 3000
-LONGEST_REST = 32
+LONGEST_REST = 64
 
 
 width_of = jax.jit(best_width, static_argnames="widths")
@@ -52,10 +52,10 @@ def drafting(tokens, costs) -> np.ndarray:
     return np.asarray(attempts(*np.broadcast_arrays(np.float32(tokens), np.float32(costs))))
 
 
-def test_rests_double_up_to_the_limit():
+def test_rests_grow_up_to_the_limit():
     (tried,) = np.nonzero(drafting(np.ones(ROUNDS), 2.0))
     rests = (np.diff(tried) - 1).tolist()
-    assert rests[:6] == [1, 2, 4, 8, 16, 32] and set(rests[6:]) == {LONGEST_REST}
+    assert rests[:4] == [1, 4, 16, 64] and set(rests[4:]) == {LONGEST_REST}
 
 
 def test_rests_end_when_an_attempt_pays():
@@ -68,7 +68,7 @@ def test_rests_end_when_an_attempt_pays():
     # And when it pays no more, rests are as short as at first.
     (later,) = np.nonzero(tried[good.stop :])
     rests = np.diff(later) - 1
-    assert rests[rests > 0][:3].tolist() == [1, 2, 4]
+    assert rests[rests > 0][:3].tolist() == [1, 4, 16]
 
 
 @given(st.floats(1.0, 2.5), st.floats(0.0, 1.0), st.integers(0, 2**32 - 1))
