@@ -275,18 +275,15 @@ def _noise_rows(noise: jax.Array, level: jax.Array, sampling: Sampling) -> jax.A
     return jnp.where((sampling.temperature > 0)[:, None, None], own, 0.0)
 
 
-# Tokens tried before the warped scores are computed after all.
-_ATTEMPTS = 4
-
-
 def choose(
     logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
     """The chosen token of each row of logits, and by how much it won.
 
-    The arg-max of :func:`scores`, without computing them where that can be avoided: the best
-    token under temperature and noise alone is nearly always one that top-k and top-p keep, and
-    whether they keep one token takes a single sum to tell.
+    The arg-max of :func:`scores`, without computing them: the best token under temperature and
+    noise alone is nearly always one that top-k and top-p keep, and whether they keep one token
+    takes a single sum to tell. If they do not, they keep none of the less probable either, so a
+    few trials are enough for any distribution.
 
     Args:
       logits: ``[B, W, V]`` float32.
@@ -302,27 +299,26 @@ def choose(
 
     def by_trial() -> tuple[jax.Array, jax.Array]:
         scaled = logits / jnp.where(sampled, sampling.temperature, 1.0)[:, None, None]
+        scored = scaled + _noise_rows(noise, level, sampling)
         keeps = _keeps(scaled, sampling, sampled)
 
-        def attempt(carry):
-            tried, scored, token, _, kept = carry
-            ruled_out = (_token_ids(scored) == token[..., None]) & ~kept[..., None]
-            scored = jnp.where(ruled_out, -jnp.inf, scored)
-            token, margin = best_two(scored)
-            return tried + 1, scored, token, margin, keeps(token)
+        def trial(carry):
+            excluded, *_ = carry
+            live = jnp.where(scaled > excluded[..., None], scored, -jnp.inf)
+            token, margin = best_two(live)
+            own = _of_token(scaled, token)
+            # Without progress (logits that are not numbers) the token stands.
+            kept = keeps(own) | ~(own > excluded)
+            return jnp.where(kept, excluded, own), token, margin, kept
 
-        def undecided(carry) -> jax.Array:
-            return (carry[0] < _ATTEMPTS) & ~jnp.all(carry[-1])
-
-        scored = scaled + _noise_rows(noise, level, sampling)
-        token = jnp.full(level.shape, -1)
-        start = (0, scored, token, jnp.zeros(level.shape), jnp.zeros(level.shape, bool))
-        _, _, token, margin, kept = lax.while_loop(undecided, attempt, start)
-        return lax.cond(
-            jnp.all(kept),
-            lambda: (token, margin),
-            lambda: best_two(scores(logits, noise, level, sampling)),
+        start = (
+            jnp.full(level.shape, -jnp.inf),
+            jnp.zeros(level.shape, jnp.int32),
+            jnp.zeros(level.shape),
+            jnp.zeros(level.shape, bool),
         )
+        _, token, margin, _ = lax.while_loop(lambda carry: ~jnp.all(carry[-1]), trial, start)
+        return token, margin
 
     return lax.cond(jnp.any(sampled), by_trial, lambda: best_two(logits))
 
@@ -330,7 +326,8 @@ def choose(
 def _keeps(
     scaled: jax.Array, sampling: Sampling, sampled: jax.Array
 ) -> Callable[[jax.Array], jax.Array]:
-    """A function that tells of one token in each row, ``[B, W]``, whether :func:`warp` keeps it.
+    """A function that tells whether :func:`warp` keeps the tokens of some scaled logits ``[B, W]``,
+    one in each row.
 
     Args:
       scaled: ``[B, W, V]`` float32, logits over temperature.
@@ -356,9 +353,8 @@ def _keeps(
         lambda: none,
     )
 
-    def keeps(token: jax.Array) -> jax.Array:
-        own = jnp.take_along_axis(scaled, token[..., None], axis=-1, mode="promise_in_bounds")
-        above = scaled > own
+    def keeps(own: jax.Array) -> jax.Array:
+        above = scaled > own[..., None]
         few = jnp.sum(above, axis=-1) < sampling.top_k[:, None]
         before = lax.cond(jnp.any(by_mass), lambda: mass(above), lambda: none)
         light = before < sampling.top_p[:, None] * whole
@@ -382,6 +378,12 @@ def best_two(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
     token = jnp.min(jnp.where(scored == best[..., None], tokens, scored.shape[-1] - 1), axis=-1)
     second = jnp.max(jnp.where(tokens != token[..., None], scored, -jnp.inf), axis=-1)
     return token, best - second
+
+
+def _of_token(values: jax.Array, token: jax.Array) -> jax.Array:
+    """``[B, W]``: the values ``[B, W, V]`` of one token ``[B, W]`` in each row."""
+    own = jnp.take_along_axis(values, token[..., None], axis=-1, mode="promise_in_bounds")
+    return own[..., 0]
 
 
 def _token_ids(scored: jax.Array) -> jax.Array:

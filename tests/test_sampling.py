@@ -150,6 +150,18 @@ def test_choice_is_the_best_score(seed, temperature, top_k, top_p, tied):
     assert (np.asarray(margin) >= 0).all()
 
 
+def test_a_choice_is_made_of_any_logits():
+    """A flat distribution of which little is kept takes few trials; NaN does not hang."""
+    sampling = Sampling.create(1, temperature=1.0, top_k=2, seed=3)
+    noise = gumbel_noise(sampling, jnp.arange(2)[None], 5000)
+    flat = jax.random.normal(jax.random.key(1), (1, 1, 5000)) * 1e-3
+    broken = flat.at[0, 0, 7].set(jnp.nan)
+    logits = jnp.concatenate([flat, broken], axis=1)
+    token, _ = jax.jit(choose)(logits, noise, jnp.asarray([[0, 1]]), sampling)
+    assert int(token[0, 0]) in np.argsort(np.asarray(flat[0, 0]))[-2:]
+    assert 0 <= int(token[0, 1]) < 5000
+
+
 def test_margin_is_best_minus_second():
     token, margin = best_two(jnp.asarray([[[1.0, 4.0, 2.5], [0.0, -jnp.inf, -jnp.inf]]]))
     assert token.tolist() == [[1, 0]]
