@@ -182,13 +182,12 @@ class Plan:
         )
 
     def on_cpu(self) -> Plan:
-        """This plan where every row of a pass costs: a narrower tree, sooner done with.
+        """This plan where every row of a pass costs: with the root alone to fall back on.
 
-        The costs are those of the shipped trio in float32 on two cores (``docs/performance.md``).
+        The costs are half of those of the shipped trio in float32 on two cores
+        (``docs/performance.md``), so that drafting rests only where it clearly does not pay.
         """
-        drafts = tuple(dataclasses.replace(d, threshold=0.3) for d in self.drafts)
-        narrow = dataclasses.replace(self, width=min(self.width, 12), drafts=drafts)
-        return narrow.paced(0.05, [0.15] * len(drafts))
+        return self.paced(0.025, [0.075] * len(self.drafts))
 
     def paced(self, row_cost: float, draft_costs: Sequence[float]) -> Plan:
         """This plan adapting to these costs: the oracle may look at the root alone, and
