@@ -10,64 +10,62 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-# Public figures of the devices, in the form of XLA's GpuTargetConfigProto.
-_H200 = """
+# Public figures of the devices, in the form of XLA's GpuTargetConfigProto. What differs:
+_DIFFERING = {
+    "h200": {
+        "shared_memory_per_block_optin": 232448,
+        "shared_memory_per_core": 233472,
+        "threads_per_core_limit": 2048,
+        "core_count": 132,
+        "memory_bandwidth": 4800000000000,
+        "l2_cache_size": 52428800,
+        "clock_rate_ghz": 1.98,
+        "device_memory_size": 150000000000,
+        "capability": "major: 9 minor: 0",
+        "name": "NVIDIA H200",
+    },
+    "rtx4090": {
+        "shared_memory_per_block_optin": 101376,
+        "shared_memory_per_core": 102400,
+        "threads_per_core_limit": 1536,
+        "core_count": 128,
+        "memory_bandwidth": 1008000000000,
+        "l2_cache_size": 75497472,
+        "clock_rate_ghz": 2.52,
+        "device_memory_size": 25757220864,
+        "capability": "major: 8 minor: 9",
+        "name": "NVIDIA GeForce RTX 4090",
+    },
+}
+_TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
+  shared_memory_per_block_optin: %(shared_memory_per_block_optin)d
+  shared_memory_per_core: %(shared_memory_per_core)d
+  threads_per_core_limit: %(threads_per_core_limit)d
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-  core_count: 132
+  core_count: %(core_count)d
   fpus_per_core: 128
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
+  memory_bandwidth: %(memory_bandwidth)d
+  l2_cache_size: %(l2_cache_size)d
+  clock_rate_ghz: %(clock_rate_ghz)g
+  device_memory_size: %(device_memory_size)d
   driver_version: "13.0.0"
   compile_time_toolkit_version: "13.0.0"
-  cuda_compute_capability { major: 9 minor: 0 }
+  cuda_compute_capability { %(capability)s }
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H200"
+device_description_str: "%(name)s"
 """
-_RTX4090 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 101376
-  shared_memory_per_core: 102400
-  threads_per_core_limit: 1536
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  core_count: 128
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 1008000000000
-  l2_cache_size: 75497472
-  clock_rate_ghz: 2.52
-  device_memory_size: 25757220864
-  driver_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-  cuda_compute_capability { major: 8 minor: 9 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA GeForce RTX 4090"
-"""
-GPU_TARGETS = {"h200": _H200, "rtx4090": _RTX4090}
+GPU_TARGETS = {name: _TARGET % own for name, own in _DIFFERING.items()}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*-> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\(")

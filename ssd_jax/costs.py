@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -85,6 +85,19 @@ def pass_seconds(
     for _, (index, count) in itertools.product(range(repeats), enumerate(counts)):
         times[index].append(seconds(index, count) / count)
     return [statistics.median(own) for own in times]
+
+
+def pass_costs(
+    models: Mapping[str, GPT2], widths: Mapping[str, Iterable[int]], *, slots: int, repeats: int = 8
+) -> PassCosts:
+    """:func:`pass_seconds` of some widths of each of some models by stage name."""
+    pairs = [(name, width) for name, own in widths.items() for width in dict.fromkeys(own)]
+    passes = [(models[name], width) for name, width in pairs]
+    seconds: dict[str, dict[int, float]] = {name: {} for name in widths}
+    times = pass_seconds(passes, slots=slots, repeats=repeats)
+    for (name, width), own in zip(pairs, times, strict=True):
+        seconds[name][width] = own
+    return PassCosts(seconds, slots)
 
 
 def roofline(dtype: jnp.dtype, *, size: int = 8192, repeats: int = 10) -> tuple[float, float]:

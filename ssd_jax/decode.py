@@ -149,7 +149,7 @@ def decode(
         return jnp.any((state.finish == RUNNING) & (state.length < yield_at))
 
     def step(state: DecodeState) -> DecodeState:
-        return speculative_step(models, tables, state, sampling, policy, capacities)
+        return speculative_step(models, tables, state, sampling, policy, capacities)[0]
 
     state = prefill(models, tables, state, sampling, policy, capacities)
     state = lax.while_loop(unfinished, step, state)
@@ -183,26 +183,17 @@ def speculative_step(
     sampling: Sampling,
     policy: Policy,
     capacities: Capacities,
-) -> DecodeState:
+) -> tuple[DecodeState, TokenTree, Verdict]:
     """One round: catch up, draft a tree, verify it, commit the accepted path.
 
     Arguments as for :func:`decode`; can be called on its own, after :func:`prefill`.
+
+    Returns:
+      The new state, the tree that was drafted, and what became of it.
     """
-    return observed_step(models, tables, state, sampling, policy, capacities)[0]
-
-
-def observed_step(
-    models: tuple[Any, ...],
-    tables: NGramTables | None,
-    state: DecodeState,
-    sampling: Sampling,
-    policy: Policy,
-    capacities: Capacities,
-) -> tuple[DecodeState, TokenTree, Verdict]:
-    """:func:`speculative_step`, with the tree that was drafted and what became of it."""
     rnd = new_round(models, tables, state, sampling, policy, capacities)
     caches, caught_up = _catch_up(rnd, state)
-    tree = trees.plant(_trunk(rnd), state.length, capacities.nodes)
+    tree = trees.plant(trunk_tokens(rnd), state.length, capacities.nodes)
     sides = tuple(stages.begin(rnd, i, caches[i], tree) for i in range(1, len(models)))
     tree, sides = stages.grow(rnd, 1, tree, sides)
     verdict, oracle = _verify(rnd, tree, caches[0], state.pace)
@@ -257,7 +248,7 @@ def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.
     return tuple(caches), jnp.where(state.rounds == 0, 0, jnp.stack(passes))
 
 
-def _trunk(rnd: Round) -> jax.Array:
+def trunk_tokens(rnd: Round) -> jax.Array:
     """``[B, K]`` int32, the newest committed tokens, right-aligned."""
     size = rnd.capacities.trunk
     return at(rnd.text, rnd.length[:, None] - size + jnp.arange(size))
@@ -392,7 +383,7 @@ def _evaluate_root(rnd: Round, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Plain decoding's pass: the root goes straight to its final slot, nothing is moved."""
     position = rnd.length[:, None] - 1
     slots = jnp.arange(rnd.capacities.slots(0))
-    logits, cache = stages.forward(
+    return stages.forward(
         rnd,
         0,
         at(rnd.text, position),
@@ -401,7 +392,6 @@ def _evaluate_root(rnd: Round, cache: KVCache) -> tuple[jax.Array, KVCache]:
         cache=cache,
         offset=cache.length,
     )
-    return logits, cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,8 +148,7 @@ def generate_batch(
     limits = [min(len(p) + max_new_tokens, context) for p in prompts]
     capacities = Capacities.of(plan, capacity or bucket(max(limits)))
     state = first_state(models, prompts, limits, stack.eos_ids, capacities)
-    uses_trigram = plan.ngram is not None and plan.ngram.branch > 0
-    tables = stack.tables if uses_trigram else None
+    tables = stack.tables if plan.uses_trigram else None
     arguments = (models, tables, state, sampling, jax.device_put(Policy.of(plan)))
     run, *compilation = _program(arguments, state.limit, capacities)
     started = time.perf_counter()

@@ -172,7 +172,7 @@ def _captured_stderr() -> Iterator[list[str]]:
 
 
 def _tables(plan: Plan) -> NGramTables | None:
-    if plan.ngram is None or not plan.ngram.branch:
+    if not plan.uses_trigram:
         return None
     array: Any = jax.ShapeDtypeStruct
     rows = _TRIGRAM_CONTEXTS + ORACLE.vocab_size + 1

@@ -223,6 +223,11 @@ class Plan:
             raise PlanError("mode 'speculative' needs a draft model; load one, or use 'staged'")
         return cls.speculative()
 
+    @property
+    def uses_trigram(self) -> bool:
+        """Whether the n-gram stage asks the trigram, not the text alone."""
+        return self.ngram is not None and self.ngram.branch > 0
+
     def check_stack(self, drafts: int, ngram: bool) -> None:
         """Raise :class:`PlanError` if a stack with so many drafts cannot follow this plan."""
         if len(self.drafts) > drafts:
@@ -230,7 +235,7 @@ class Plan:
                 f"the plan uses {len(self.drafts)} drafts but the stack has {drafts}; "
                 "load more drafts or take entries out of the plan"
             )
-        if self.ngram is not None and self.ngram.branch and not ngram:
+        if self.uses_trigram and not ngram:
             raise PlanError(
                 "the plan uses the trigram but the stack has none; load ngram=, or set branch to 0"
             )

@@ -306,7 +306,8 @@ def choose(
             excluded, *_ = carry
             live = jnp.where(scaled > excluded[..., None], scored, -jnp.inf)
             token, margin = best_two(live)
-            own = _of_token(scaled, token)
+            best = jnp.take_along_axis(scaled, token[..., None], -1, mode="promise_in_bounds")
+            own = best[..., 0]
             # Without progress (logits that are not numbers) the token stands.
             kept = keeps(own) | ~(own > excluded)
             return jnp.where(kept, excluded, own), token, margin, kept
@@ -374,17 +375,7 @@ def best_two(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     # Three plain reductions: XLA vectorises them on a CPU, an arg-max not.
     best = jnp.max(scored, axis=-1)
-    tokens = _token_ids(scored)
+    tokens = lax.broadcasted_iota(jnp.int32, scored.shape, scored.ndim - 1)
     token = jnp.min(jnp.where(scored == best[..., None], tokens, scored.shape[-1] - 1), axis=-1)
     second = jnp.max(jnp.where(tokens != token[..., None], scored, -jnp.inf), axis=-1)
     return token, best - second
-
-
-def _of_token(values: jax.Array, token: jax.Array) -> jax.Array:
-    """``[B, W]``: the values ``[B, W, V]`` of one token ``[B, W]`` in each row."""
-    own = jnp.take_along_axis(values, token[..., None], axis=-1, mode="promise_in_bounds")
-    return own[..., 0]
-
-
-def _token_ids(scored: jax.Array) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, scored.shape, scored.ndim - 1)

@@ -59,6 +59,11 @@ class Stack:
         return self.oracle.config.vocab_size
 
     @property
+    def models(self) -> dict[str, GPT2]:
+        """The oracle and the drafts by stage name."""
+        return dict(zip(self.stage_names, (self.oracle, *self.drafts), strict=False))
+
+    @property
     def stage_names(self) -> tuple[str, ...]:
         """Names by stage index: ``oracle``, ``draft``, ``draft2`` ..., ``ngram``."""
         drafts = tuple(f"draft{i + 1}" if i else "draft" for i in range(len(self.drafts)))

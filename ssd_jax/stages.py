@@ -151,8 +151,8 @@ def evaluate(
     side: Side,
     tree: TokenTree,
     nodes: jax.Array,
-    found: jax.Array,
-    row_of: tuple[jax.Array, jax.Array] | None = None,
+    rows: jax.Array,
+    hit: jax.Array,
 ) -> tuple[jax.Array, Side]:
     """One forward pass over some nodes, each attending to the text and its own ancestors.
 
@@ -162,8 +162,8 @@ def evaluate(
       side: the model's side.
       tree: the tree.
       nodes: ``[B, W]`` int32, ancestors already evaluated or among them.
-      found: ``[B, W]`` bool, which entries are real.
-      row_of: :func:`ssd_jax.tree.row_of` these, if at hand.
+      rows, hit: ``[B, N]`` int32 and bool, the place of each node among these, and whether it
+        has one (:func:`ssd_jax.tree.rows_of_best`).
 
     Returns:
       Logits ``[B, W, V]`` float32 and the model's new side.
@@ -171,7 +171,6 @@ def evaluate(
     width = nodes.shape[1]
     text = rnd.capacities.text
     first = side.passes * width
-    rows, hit = row_of or trees.row_of(nodes, found, tree.capacity)
     slot = jnp.where(hit, text + first + rows, side.slot)
     lineage = _take(tree.ancestors, nodes[:, :, None], axis=1)
     scratch = text + jnp.arange(rnd.capacities.scratch(model))
@@ -269,7 +268,7 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     wanted = (tree.value, _open(rnd, stage, tree, side), width, rnd.policy.width[stage])
     nodes, found = trees.best_nodes(*wanted)
     row, hit = trees.rows_of_best(*wanted)
-    logits, side = evaluate(rnd, stage, side, tree, nodes, found, (row, hit))
+    logits, side = evaluate(rnd, stage, side, tree, nodes, row, hit)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     scored = scores(logits, rnd.noise, level, rnd.sampling)
     tau = rnd.tau(stage)[:, None, None]

@@ -190,7 +190,12 @@ def best_nodes(
 def rows_of_best(
     value: jax.Array, eligible: jax.Array, width: int, limit: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`row_of` what :func:`best_nodes` finds, from the same arguments."""
+    """The inverse of :func:`best_nodes`, from the same arguments.
+
+    Returns:
+      For each node its row among the selected, ``[B, N]`` int32 (0 where absent), and ``[B, N]``
+      bool, whether it has one.
+    """
     rank = _rank(value, eligible)
     hit = eligible & (rank < jnp.minimum(width, limit))
     return jnp.where(hit, rank, 0), hit
@@ -200,17 +205,6 @@ def lineage_among(tree: TokenTree, nodes: jax.Array) -> jax.Array:
     """``[B, W, W]`` bool: of some ``nodes`` ``[B, W]``, is the second the first or above it."""
     row = jnp.take_along_axis(tree.ancestors, nodes[:, :, None], 1, mode="promise_in_bounds")
     return jnp.take_along_axis(row, nodes[:, None, :], 2, mode="promise_in_bounds")
-
-
-def row_of(nodes: jax.Array, found: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """Inverse of a selection: for each node its row in ``nodes``, and whether it has one.
-
-    Returns:
-      ``[B, N]`` int32 (0 where absent) and ``[B, N]`` bool.
-    """
-    hit = found[:, None, :] & (nodes[:, None, :] == jnp.arange(capacity)[:, None])
-    rows = jnp.sum(jnp.where(hit, jnp.arange(nodes.shape[1]), 0), axis=-1)
-    return rows.astype(jnp.int32), jnp.any(hit, axis=-1)
 
 
 def insert(

@@ -83,10 +83,7 @@ def save(stack: Stack, tuned: Tuned) -> Path:
         "conditions": conditions(stack),
         "plans": {kind: json.loads(plan.to_json()) for kind, plan in plans.items()},
         "speedups": {**speedups, **tuned.speedups},
-        "costs": {
-            "slots": tuned.costs.slots,
-            "seconds": {stage: dict(own) for stage, own in tuned.costs.seconds.items()},
-        },
+        "costs": dataclasses.asdict(tuned.costs),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

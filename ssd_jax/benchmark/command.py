@@ -277,39 +277,29 @@ def _drop_incomplete(records: list[Record], modes: Sequence[str]) -> None:
 
 def _costs(own: dict[str, tuple[Stack, Plan]], records: list[Record]) -> Costs:
     """Passes alone, over a cache as long as a typical text."""
-    from ssd_jax.costs import pass_seconds
+    from ssd_jax.costs import pass_costs
     from ssd_jax.plan import Capacities
 
     text = int(statistics.median(r["prompt_tokens"] + r["new_tokens"] for r in records))
     costs: Costs = {}
     for mode, (stack, plan) in own.items():
         capacities = Capacities.of(plan, text)
-        models = (stack.oracle, *stack.drafts[: len(plan.drafts)])
         slots = max(text, plan.chunk, *capacities.widths)
-        passes = [(m, w) for m, w in zip(models, capacities.widths, strict=True)]
-        prefill = [(model, plan.chunk) for model in models]
-        narrower = [(stack.oracle, width) for width in capacities.narrower]
-        seconds = pass_seconds([*passes, *prefill, *narrower], slots=slots)
-        others = seconds[2 * len(models) :]
+        width_of = dict(zip(stack.models, capacities.widths, strict=False))
+        narrower = {"oracle": capacities.narrower}
+        widths = {n: (w, plan.chunk, *narrower.get(n, ())) for n, w in width_of.items()}
+        measured = pass_costs(stack.models, widths, slots=slots).seconds
         costs[mode] = {
             name: {
                 "width": width,
-                "seconds": alone,
+                "seconds": measured[name][width],
                 "prefill_width": plan.chunk,
-                "prefill_seconds": chunk,
-                "narrower": {},
+                "prefill_seconds": measured[name][plan.chunk],
+                # Names of JSON are strings.
+                "narrower": {str(w): measured[name][w] for w in narrower.get(name, ())},
                 "slots": slots,
             }
-            for name, width, alone, chunk in zip(
-                stack.stage_names[: len(models)],
-                capacities.widths,
-                seconds[: len(models)],
-                seconds[len(models) : 2 * len(models)],
-                strict=True,
-            )
-        }
-        costs[mode]["oracle"]["narrower"] = {  # names of JSON are strings
-            str(width): alone for width, alone in zip(capacities.narrower, others, strict=True)
+            for name, width in width_of.items()
         }
     return costs
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssd_jax.decode import RUNNING, observed_step, prefill
+from ssd_jax.decode import RUNNING, prefill, speculative_step
 from ssd_jax.generate import bucket, encode_prompt, first_state, generate
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
@@ -15,7 +15,7 @@ from ssd_jax.show import pieces
 from ssd_jax.stack import Stack
 
 _prefill = jax.jit(prefill, static_argnames="capacities")
-_step = jax.jit(observed_step, static_argnames="capacities")
+_step = jax.jit(speculative_step, static_argnames="capacities")
 
 
 def example(
@@ -64,9 +64,8 @@ def round_trees(
     limit = min(len(tokens) + rounds * (plan.depth + 1), stack.oracle.config.n_positions)
     capacities = Capacities.of(plan, bucket(limit))
     state = first_state(models, [tokens], [limit], stack.eos_ids, capacities)
-    uses_trigram = plan.ngram is not None and plan.ngram.branch > 0
     sampling, policy = Sampling.create(1, seed=seed, **options), Policy.of(plan)
-    tables = stack.tables if uses_trigram else None
+    tables = stack.tables if plan.uses_trigram else None
     state = _prefill(models, tables, state, sampling, policy, capacities)
     found = []
     for _ in range(rounds):

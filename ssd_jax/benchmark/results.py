@@ -68,7 +68,7 @@ def conditions(stack: Stack, plans: Mapping[str, Plan], options: Mapping[str, An
     from ssd_jax.stack import cache_bytes_per_token, weight_bytes
 
     device = jax.devices()[0]
-    models = dict(zip(stack.stage_names, (stack.oracle, *stack.drafts), strict=False))
+    models = stack.models
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(),

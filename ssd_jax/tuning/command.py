@@ -204,10 +204,7 @@ def as_json(found: Tuning, stack: Stack) -> dict[str, Any]:
     """All that a run found, in JSON's types."""
     return {
         "conditions": conditions(stack),
-        "costs": {
-            "slots": found.tuned.costs.slots,
-            "seconds": {name: dict(own) for name, own in found.tuned.costs.seconds.items()},
-        },
+        "costs": dataclasses.asdict(found.tuned.costs),
         "factors": {
             kind: dict(zip(TERMS, own, strict=False)) for kind, own in found.factors.items()
         },

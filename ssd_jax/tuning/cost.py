@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ssd_jax.costs import PassCosts, pass_seconds
+from ssd_jax.costs import PassCosts, pass_costs
 from ssd_jax.plan import Capacities, Plan
 from ssd_jax.stack import Stack
 from ssd_jax.tuning.logs import TextLog
@@ -37,17 +37,11 @@ def measure_passes(stack: Stack, slots: int) -> PassCosts:
       stack: the stack.
       slots: of the cache, all but the newest filled: the length of a typical text.
     """
-    passes = [
-        (name, model, width)
-        for name, model in zip(stack.stage_names, (stack.oracle, *stack.drafts), strict=False)
-        for width in (DRAFT_WIDTHS if name != "oracle" else ORACLE_WIDTHS)
-        if width <= slots
-    ]
-    times = pass_seconds([(model, width) for _, model, width in passes], slots=slots, repeats=5)
-    seconds: dict[str, dict[int, float]] = {name: {} for name, _, _ in passes}
-    for (name, _, width), own in zip(passes, times, strict=True):
-        seconds[name][width] = own
-    return PassCosts(seconds, slots)
+    widths = {
+        name: [width for width in (DRAFT_WIDTHS if stage else ORACLE_WIDTHS) if width <= slots]
+        for stage, name in enumerate(stack.models)
+    }
+    return pass_costs(stack.models, widths, slots=slots, repeats=5)
 
 
 def paced(plan: Plan, costs: PassCosts) -> Plan:

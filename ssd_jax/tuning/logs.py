@@ -181,27 +181,28 @@ def _below(models, tables, sampling, policy, state, length, capacities):
         dataclasses.replace(cache, length=jnp.minimum(length - 1, model.config.n_positions))
         for cache, model in zip(state.caches[1:], models[1:], strict=True)
     ]
-    size = capacities.trunk
-    trunk = at(state.text, length[:, None] - size + jnp.arange(size))
-    tree = trees.plant(trunk, length, capacities.nodes)
+    tree = trees.plant(engine.trunk_tokens(rnd), length, capacities.nodes)
 
     def fresh_sides():
         return tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches, 1))
 
     tree, _ = stages.grow(rnd, 1, tree, fresh_sides())
-    nodes = jnp.arange(size - 1, capacities.nodes)[None]
+    root = capacities.trunk - 1
+    nodes = jnp.arange(root, capacities.nodes)[None]
+    rows = jnp.arange(capacities.nodes)[None] - root
+    hit = tree.valid & (rows >= 0)
     level = jnp.clip(at(tree.depth, nodes), 0, capacities.depth)
     listed_tokens, listed_logs = [], []
     for model, side in enumerate(fresh_sides(), 1):
-        logits, _ = stages.evaluate(rnd, model, side, tree, nodes, at(tree.valid, nodes))
+        logits, _ = stages.evaluate(rnd, model, side, tree, nodes, rows, hit)
         scored = scores(logits, rnd.noise, level, sampling)
         log_prob = jax.nn.log_softmax(scored / rnd.tau(model)[:, None, None], axis=-1)
         best, token = lax.top_k(log_prob[0], min(LISTED, log_prob.shape[-1]))
         listed_tokens.append(token)
         listed_logs.append(best)
     tree = jax.tree.map(lambda field: field[0], (tree.token, tree.parent, tree.valid))
-    token, parent, valid = (field[size - 1 :] for field in tree)
-    return token, parent - (size - 1), valid, listed_tokens, listed_logs
+    token, parent, valid = (field[root:] for field in tree)
+    return token, parent - root, valid, listed_tokens, listed_logs
 
 
 def _record(log: TextLog, length: int, token, parent, valid, listed, logs) -> None:

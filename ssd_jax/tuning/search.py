@@ -59,7 +59,7 @@ class Space:
         return plan.depth <= DEPTH and all(draft.branch <= LISTED for draft in plan.drafts)
 
     def wide(self) -> Plan:
-        """The default's tree where rows of a pass cost little."""
+        """The default's tree."""
         return self._within(Plan.staged(self.drafts, self.trigram))
 
     def narrow(self) -> Plan:
@@ -75,10 +75,9 @@ class Space:
         )
 
     def starts(self) -> list[Plan]:
-        """Where the search begins: the defaults, a narrow tree, the n-gram alone, a chain."""
+        """Where the search begins: the default, a narrow tree, the n-gram alone, a chain."""
         wide = self.wide()
-        found = [wide, Plan.staged(self.drafts, self.trigram).on_cpu(), self.narrow()]
-        found.append(replace(wide, drafts=(), width=8, nodes=24, depth=8))
+        found = [wide, self.narrow(), replace(wide, drafts=(), width=8, nodes=24, depth=8)]
         if self.drafts:
             found.append(Plan.speculative(3))
         return [plan for plan in map(self._within, found) if self.allows(plan)]
