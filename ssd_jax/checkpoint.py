@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,11 @@ from ssd_jax.errors import CheckpointError, ConfigError
 from ssd_jax.gpt2 import GPT2, GPT2Config
 
 DTYPES = ("float32", "bfloat16", "float16")
+NUMERICS = (*DTYPES, "int8")
 
 _LABEL = "ssd_jax_label"
+# Names the layout of 8-bit weights in config.json; others refuse a method that they do not know.
+_INT8 = {"quant_method": "ssd_jax_int8"}
 _SAFETENSORS = "model.safetensors"
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _CONFIG_FILES = ("config.json",)
@@ -106,7 +109,7 @@ def _parse_config(fields: dict[str, Any]) -> GPT2Config:
     if kind != "gpt2":
         raise ConfigError(f"model_type {kind!r} is not supported; only 'gpt2' is")
     for name in _CONFIG_UNSUPPORTED:
-        if fields.get(name):
+        if fields.get(name) and fields[name] != _INT8:
             raise ConfigError(
                 f"{name}={fields[name]!r} is not supported; use a plain GPT-2 decoder"
             )
@@ -171,6 +174,11 @@ class _Tensor:
     read: Callable[[], np.ndarray]
 
 
+def default_dtype() -> str:
+    """Type of matrix products if none is asked for: what suits the backend."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GPT2:
     """A GPT-2 with the weights of a folder, or of a model on the Hugging Face hub.
 
@@ -178,19 +186,25 @@ def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GP
       path_or_name: a folder, or a hub name (``name`` or ``owner/name``) where no such folder
         exists. Only then is the network used.
       dtype: ``float32``, ``bfloat16`` or ``float16``: type of embeddings, kernels, matrix
-        products and cache. Biases and layer norms are float32 in any case.
+        products and cache. Biases and layer norms are float32 in any case. ``int8`` rounds
+        kernels and token embeddings to 8 bits (:mod:`ssd_jax.int8`), with attention and cache of
+        the type that suits the backend. Weights stored in 8 bits stay so with every ``dtype``.
 
     Raises:
       CheckpointError: something is missing, damaged, unexpected, misshapen or not finite.
       ConfigError: ``config.json`` or ``dtype`` asks for something unsupported.
     """
-    dtype = _parse_dtype(dtype)
+    rounded = _parse_dtype(dtype, NUMERICS) == jnp.int8
+    operands = _parse_dtype(default_dtype() if rounded else dtype)
     folder = files.locate(path_or_name, _MODEL_FILES)
     config = load_config(folder)
+    stored = operands
+    if files.read_json(folder / "config.json").get("quantization_config") == _INT8:
+        rounded, stored = False, np.dtype(np.int8)
     if not _weight_files(folder):
         folder = files.locate(path_or_name, _OTHER_MODEL_FILES)
     path, tensors = _open_weights(folder)
-    model = gpt2.abstract(config, dtype=dtype, param_dtype=dtype)
+    model = gpt2.abstract(config, dtype=operands, param_dtype=stored)
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     shapes = {_hf_name(keys): tuple(param.shape) for keys, param in params}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -198,23 +212,47 @@ def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GP
     _check_tensors(path, tensors, shapes)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         _check_tied(path, tensors)
-    loaded = []
-    for keys, param in params:
-        name = _hf_name(keys)
-        value = _read_tensor(path, name, tensors[name], param.dtype)
-        # A copy, since JAX could otherwise alias memory that belongs to the file.
-        loaded.append((keys, param.replace(jax.device_put(np.array(value)))))
+
+    def read() -> Iterator[tuple[tuple, np.ndarray]]:
+        for keys, param in params:
+            name = _hf_name(keys)
+            # 8 bits are rounded to from all the bits there are.
+            dtype = np.dtype(np.float32) if rounded else param.dtype
+            yield keys, _read_tensor(path, name, tensors[name], dtype)
+
+    values = read()
+    if rounded:
+        model = gpt2.abstract(config, dtype=operands, param_dtype=jnp.int8)
+        values = gpt2.quantized(values)
+    return _with_weights(model, values)
+
+
+def quantize(model: GPT2) -> GPT2:
+    """The model with its kernels and token embeddings rounded to 8 bits (:mod:`ssd_jax.int8`)."""
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    rounded = gpt2.abstract(model.config, dtype=model.dtype, param_dtype=jnp.int8)
+    return _with_weights(rounded, gpt2.quantized((keys, param[...]) for keys, param in params))
+
+
+def _with_weights(model: GPT2, values: Iterable[tuple[tuple, Any]]) -> GPT2:
+    """An abstract model with these weights by path, put on the device one at a time."""
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    # Copies, since JAX could otherwise alias memory that belongs to a file.
+    loaded = [
+        (keys, params[keys].replace(jax.device_put(np.array(value, params[keys].dtype))))
+        for keys, value in values
+    ]
     nnx.update(model, nnx.from_flat_state(loaded))
     return model
 
 
-def _parse_dtype(dtype: Any) -> np.dtype:
+def _parse_dtype(dtype: Any, known: Sequence[str] = DTYPES) -> np.dtype:
     try:
         parsed = jnp.dtype(dtype)
     except TypeError:
         parsed = None
-    if parsed is None or parsed.name not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if parsed is None or parsed.name not in known:
+        raise ConfigError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
     return parsed
 
 
@@ -222,6 +260,7 @@ def _hf_name(keys: Iterable[Any]) -> str:
     """Hugging Face's name, less ``transformer.``, of the parameter at ``keys`` in a GPT2."""
     name = ".".join(str(key) for key in keys)
     name = re.sub(r"\.(kernel|scale)$", ".weight", name)
+    name = re.sub(r"\bkernel_scale$", "weight_scale", name)
     return f"{name}.weight" if "." not in name else name
 
 
@@ -263,9 +302,19 @@ def _read_tensor(path: Path, name: str, tensor: _Tensor, dtype: Any = None) -> n
 
 
 def _to_finite(value: np.ndarray, dtype: Any, what: str) -> np.ndarray:
-    """``value`` as ``dtype``, refused if it is not of floats or if any is not finite."""
+    """``value`` as ``dtype``, refused if it is not of floats or if any is not finite.
+
+    Int8 is for int8 alone.
+    """
+    if value.dtype == dtype == np.int8:
+        return np.ascontiguousarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise CheckpointError(f"{what} is {value.dtype.name}; only float weights are supported")
+        raise CheckpointError(
+            f"{what} is {value.dtype.name}; only float weights are supported, and 8-bit ones that "
+            "ssd_jax has saved"
+        )
+    if dtype == np.int8:
+        raise CheckpointError(f"{what} is {value.dtype.name} and not int8 as config.json says")
     # Judged after the cast, which can overflow; then the error says so and not NumPy.
     with np.errstate(over="ignore", invalid="ignore"):
         value = np.ascontiguousarray(value, dtype)
@@ -404,8 +453,9 @@ def save_model(
 ):
     """Write ``config.json`` and safetensors weights that ``transformers`` loads unchanged.
 
-    Nothing appears under its final name before everything is written, so a failure in
-    writing leaves what the folder held. Safetensors weights of an earlier model are replaced.
+    8-bit weights are for :func:`load_model` alone; ``transformers`` refuses them. Nothing appears
+    under its final name before everything is written, so a failure in writing leaves what the
+    folder held. Safetensors weights of an earlier model are replaced.
 
     Args:
       model: the model to save.
@@ -418,10 +468,14 @@ def save_model(
 
     Raises:
       CheckpointError: a weight is not finite (as ``dtype``), or the folder cannot be written.
-      ConfigError: ``dtype`` is not one of :data:`DTYPES`.
+      ConfigError: ``dtype`` is not one of :data:`DTYPES`, or the weights are of 8 bits and cannot
+        take it.
     """
     folder = Path(folder)
     target = None if dtype is None else _parse_dtype(dtype)
+    eight = model.numerics == "int8"
+    if eight and target is not None:
+        raise ConfigError(f"8-bit weights cannot be saved as {target.name}; leave dtype out")
     tensors = {}
     for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = _hf_name(keys)
@@ -430,6 +484,9 @@ def save_model(
             np.asarray(param[...]), target or param.dtype, f"tensor {name!r}"
         )
     widest = max((tensor.dtype for tensor in tensors.values()), key=lambda d: d.itemsize)
+    extra: dict[str, Any] = {_LABEL: label} if label else {}
+    if eight:
+        extra["quantization_config"] = _INT8
     shards = _split(tensors, max_shard_bytes)
     with files.explaining(folder, "cannot be written", "check the path and the free space"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -440,8 +497,7 @@ def save_model(
                 return stack.enter_context(files.atomic_path(folder / name))
 
             config = staged("config.json")
-            label_field = {_LABEL: label} if label else {}
-            files.write_json(config, _config_fields(model.config, widest) | label_field)
+            files.write_json(config, _config_fields(model.config, widest) | extra)
             if len(shards) > 1:
                 files.write_json(staged(_SAFETENSORS_INDEX), _index(shards))
             for name, shard in shards.items():

@@ -104,7 +104,9 @@ def add_stack_arguments(parser: argparse.ArgumentParser, *, plan: bool = True) -
     group.add_argument("--ngram", metavar="F", help="Katz trigram, a .safetensors file")
     group.add_argument("--tokenizer", metavar="T", help="tokenizer.json, or a folder that holds it")
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="operands of the models"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="operands of the models; int8 rounds the weights of the oracle, which changes texts",
     )
     if plan:
         group.add_argument(

@@ -7,6 +7,7 @@ in Hugging Face's ``Conv1D``; nothing is transposed.
 Numerics: the residual stream, layer norms, biases, attention scores and softmax are float32.
 Matrix products take operands of ``model.dtype`` and accumulate in float32; float32 operands
 use the highest precision (no TF32). ``reorder_and_upcast_attn`` is therefore always in force.
+Weights may be int8 instead (:mod:`ssd_jax.int8`); attention keeps to ``model.dtype`` then.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from ssd_jax import kv_cache
+from ssd_jax import int8, kv_cache
 from ssd_jax.errors import ConfigError
 from ssd_jax.kv_cache import KVCache
 
@@ -141,16 +143,38 @@ _narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with a ``[in, out]`` kernel."""
+    """``x @ kernel + bias`` with a ``[in, out]`` kernel; an int8 one is ``[out, in]``."""
 
-    def __init__(self, n_in: int, n_out: int, *, std: float, dtype, param_dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(std)
-        self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), param_dtype))
+    def __init__(
+        self, n_in: int, n_out: int, *, std: float, dtype, param_dtype, activations8, rngs: nnx.Rngs
+    ):
+        shape = (n_in, n_out) if param_dtype != jnp.int8 else (n_out, n_in)
+        self.kernel = _weights(shape, std, param_dtype, rngs)
+        self.kernel_scale = _scales(n_out, param_dtype)
         self.bias = nnx.Param(jnp.zeros((n_out,), jnp.float32))
         self.dtype = dtype
+        self.activations8 = activations8
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _product("bti,io->bto", x, self.kernel[...], self.dtype) + self.bias[...]
+        if self.kernel_scale is None:
+            out = _product("bti,io->bto", x, self.kernel[...], self.dtype)
+        else:
+            eight = (self.kernel[...], self.kernel_scale[...])
+            out = int8.product(x, *eight, dtype=self.dtype, activations=self.activations8)
+        return out + self.bias[...]
+
+
+def _weights(shape: tuple[int, int], std: float, dtype, rngs: nnx.Rngs) -> nnx.Param:
+    """Random; int8 ones, which are never trained, are zeros."""
+    key = rngs.params()
+    if dtype == jnp.int8:
+        return nnx.Param(jnp.zeros(shape, dtype))
+    return nnx.Param(nnx.initializers.normal(std)(key, shape, dtype))
+
+
+def _scales(n_out: int, dtype) -> nnx.Param | None:
+    """Of int8 weights, one for each output; ``None`` for others."""
+    return nnx.Param(jnp.ones((n_out,), jnp.float32)) if dtype == jnp.int8 else None
 
 
 class Attention(nnx.Module):
@@ -161,6 +185,7 @@ class Attention(nnx.Module):
         self.heads = config.n_head
         self.dtype = kinds["dtype"]
         self.attention = attention
+        self.exact = kinds["activations8"]
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
@@ -186,6 +211,10 @@ class Attention(nnx.Module):
             key = kv_cache.write(keys, key, offset, axis)
             value = kv_cache.write(values, value, offset, axis)
         attend = self._attend_fused if fused else self._attend
+        # On a CPU float32 products of one row run on one core; what converts to float64 on all.
+        single = rows == 1 and self.dtype == jnp.float32 and jax.default_backend() == "cpu"
+        if not fused and (self.exact or single):
+            attend = self._attend_exactly
         mixed = attend(query, key, value, mask, rngs).reshape(batch, rows, width)
         out = self.resid_dropout(self.c_proj(mixed), deterministic=rngs is None, rngs=rngs)
         return out, (key, value)
@@ -198,6 +227,21 @@ class Attention(nnx.Module):
         weights = self.attn_dropout(weights, deterministic=rngs is None, rngs=rngs)
         mixed = _product("bhts,bhsd->bhtd", weights, value, self.dtype)
         return mixed.swapaxes(1, 2)
+
+    def _attend_exactly(self, query, key, value, mask, rngs):
+        """:meth:`_attend` with sums and exponentials in float64: rounded to float32, they hardly
+        ever tell in what order they were made, or by which of XLA's code for few or many rows."""
+        del rngs  # neither 8-bit activations nor single rows are trained
+        with jax.enable_x64(True):
+            query, key, value = (x.astype(jnp.float64) for x in (query, key, value))
+            scores = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
+            scores = scores * jnp.float32(self.scale)
+            scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+            weights = scores - jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(weights.astype(jnp.float64))
+            mixed = jnp.einsum("bhts,bhsd->bhtd", weights, value)
+            mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+            return mixed.astype(jnp.float32).swapaxes(1, 2)
 
     def _attend_fused(self, query, key, value, mask, rngs):
         """``[B, T, H, I]`` queries, ``[B, S, H, I]`` keys and values -> ``[B, T, H, I]``."""
@@ -229,9 +273,9 @@ class MLP(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config: GPT2Config, layer: int, attention: str, **kinds):
-        self.ln_1 = _layer_norm(config, kinds["rngs"])
+        self.ln_1 = _layer_norm(config, kinds["activations8"], kinds["rngs"])
         self.attn = Attention(config, layer, attention, **kinds)
-        self.ln_2 = _layer_norm(config, kinds["rngs"])
+        self.ln_2 = _layer_norm(config, kinds["activations8"], kinds["rngs"])
         self.mlp = MLP(config, **kinds)
 
     def __call__(self, x, mask, cached, offset, rngs):
@@ -247,6 +291,10 @@ class GPT2(nnx.Module):
       config: the architecture.
       dtype: operand type of every matrix product, and of the KV cache.
       param_dtype: storage type of embeddings and kernels; layer norms and biases stay float32.
+        With int8, position embeddings are of type ``dtype``, and all int8 weights are zeros until
+        they are loaded.
+      activations8: with int8, whether the inputs of kernels and head are rounded to 8 bits as well
+        (:mod:`ssd_jax.int8`); by default on a CPU.
       attention: of passes with a cache. ``einsum``, with ``[B, H, S, I]`` caches, is XLA's own;
         ``cudnn`` is one fused kernel (:func:`jax.nn.dot_product_attention`; 16-bit operands on an
         NVIDIA GPU only), with ``[B, S, H, I]`` caches; ``xla`` is the latter's arithmetic in that
@@ -260,25 +308,34 @@ class GPT2(nnx.Module):
         *,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
+        activations8: bool | None = None,
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.attention = attention or _default_attention(config, self.dtype)
-        kinds = dict(dtype=self.dtype, param_dtype=jnp.dtype(param_dtype), rngs=rngs)
-        init = nnx.initializers.normal(config.initializer_range)
+        stored = jnp.dtype(param_dtype)
+        if activations8 is None:
+            activations8 = jax.default_backend() == "cpu"
+        self.activations8 = activations8 and stored == jnp.int8
+        kinds = dict(
+            dtype=self.dtype, param_dtype=stored, activations8=self.activations8, rngs=rngs
+        )
 
-        def table(rows: int) -> nnx.Param:
-            return nnx.Param(init(rngs.params(), (rows, config.n_embd), kinds["param_dtype"]))
+        def table(rows: int, dtype) -> nnx.Param:
+            return _weights((rows, config.n_embd), config.initializer_range, dtype, rngs)
 
-        self.wte = table(config.vocab_size)
-        self.wpe = table(config.n_positions)
+        self.wte = table(config.vocab_size, stored)
+        self.wte_scale = _scales(config.vocab_size, stored)
+        self.wpe = table(config.n_positions, self.dtype if stored == jnp.int8 else stored)
         self.h = nnx.List(
             [Block(config, layer, self.attention, **kinds) for layer in range(config.n_layer)]
         )
-        self.ln_f = _layer_norm(config, rngs)
-        self.lm_head = None if config.tie_word_embeddings else table(config.vocab_size)
+        self.ln_f = _layer_norm(config, self.activations8, rngs)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else table(config.vocab_size, stored)
+        self.lm_head_scale = None if tied else _scales(config.vocab_size, stored)
         self.embd_dropout = nnx.Dropout(config.embd_pdrop)
 
     def __call__(
@@ -316,7 +373,7 @@ class GPT2(nnx.Module):
             spare = max(_FUSED_ROWS - rows, 0)
             tokens = jnp.pad(tokens, ((0, 0), (0, spare)))
             positions = jnp.pad(positions, ((0, 0), (0, spare)))
-        x = self.wte[...][tokens].astype(jnp.float32) + self.wpe[...][positions].astype(jnp.float32)
+        x = self._embed(tokens) + self.wpe[...][positions].astype(jnp.float32)
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
         layers, moved = [], [None] * len(self.h)
         if cache is not None and cache.pending is not None:
@@ -328,12 +385,30 @@ class GPT2(nnx.Module):
             with jax.named_scope(f"layer{index}"):
                 x, cached = block(x, mask, cached, offset, rngs)
             layers.append(cached)
-        head = self.wte if self.lm_head is None else self.lm_head
-        logits = _product("bte,ve->btv", self.ln_f(x[:, :rows]), head[...], self.dtype)
+        logits = self._head(self.ln_f(x[:, :rows]))
         if cache is not None:
             keys, values = zip(*layers, strict=True)
             cache = dataclasses.replace(cache, keys=keys, values=values)
         return logits, cache
+
+    @property
+    def numerics(self) -> str:
+        """``int8``, or the type of the weights' products."""
+        return str(self.dtype) if self.wte_scale is None else "int8"
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        rows = self.wte[...][tokens].astype(jnp.float32)
+        return rows if self.wte_scale is None else rows * self.wte_scale[...][tokens][..., None]
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        """``[B, T, E]`` -> logits ``[B, T, V]``."""
+        head, scale = self.lm_head, self.lm_head_scale
+        if head is None:
+            head, scale = self.wte, self.wte_scale
+        if scale is None:
+            return _product("bte,ve->btv", x, head[...], self.dtype)
+        eight = (head[...], scale[...])
+        return int8.product(x, *eight, dtype=self.dtype, activations=self.activations8)
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for this model."""
@@ -342,13 +417,46 @@ class GPT2(nnx.Module):
         return kv_cache.init(c.n_layer, batch, c.n_head, slots, c.head_dim, self.dtype, axis)
 
 
+def quantized(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:
+    """What a model with int8 weights has in place of a float model's parameters.
+
+    Args:
+      params: paths (as from ``nnx.to_flat_state``) and values, lazily consumed.
+
+    Yields:
+      Paths and values, the scales among them.
+    """
+    for path, value in params:
+        *module, name = path
+        if name not in ("kernel", "wte", "lm_head"):
+            yield path, value
+            continue
+        weights, scale = int8.quantize(value.T if name == "kernel" else value)
+        yield path, weights
+        yield (*module, f"{name}_scale"), scale
+
+
 def _default_attention(config: GPT2Config, dtype) -> str:
     fits = dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
     return "cudnn" if fits and jax.default_backend() == "gpu" else "einsum"
 
 
-def _layer_norm(config: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
+class _ExactLayerNorm(nnx.LayerNorm):
+    """Sums in float64: XLA sums the channels of few rows in another order than those of many."""
+
+    def __call__(self, x, **unused):
+        with jax.enable_x64(True):
+            mean = jnp.mean(x.astype(jnp.float64), axis=-1, keepdims=True).astype(jnp.float32)
+            squares = jnp.square(x - mean).astype(jnp.float64)
+            variance = jnp.mean(squares, axis=-1, keepdims=True).astype(jnp.float32)
+        assert self.scale is not None and self.bias is not None
+        scale = lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        return (x - mean) * scale + self.bias[...]
+
+
+def _layer_norm(config: GPT2Config, exact: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    kind = _ExactLayerNorm if exact else nnx.LayerNorm
+    return kind(
         config.n_embd,
         epsilon=config.layer_norm_epsilon,
         dtype=jnp.float32,

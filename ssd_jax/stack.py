@@ -93,7 +93,7 @@ class Stack:
         those that are quickly read (biases, norms, positions), which any training moves."""
         parts = hashlib.sha256()
         for model in (self.oracle, *self.drafts):
-            parts.update(repr((model.config, str(model.dtype))).encode())
+            parts.update(repr((model.config, model.numerics)).encode())
             for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
                 parts.update(repr((leaf.shape, str(leaf.dtype))).encode())
                 if leaf.ndim == 1:
@@ -129,8 +129,9 @@ def load(
       drafts: the same for each draft, largest first.
       ngram: a file written by :meth:`~ssd_jax.ngram.KatzModel.save`, or a model.
       tokenizer: a folder or hub name; by default the oracle's own, if it has one.
-      dtype: ``float32`` (the default on a CPU), ``bfloat16`` (the default on a GPU) or
-        ``float16``.
+      dtype: ``float32`` (the default on a CPU), ``bfloat16`` (the default on a GPU),
+        ``float16``, or ``int8`` for an oracle of 8-bit weights (:mod:`ssd_jax.int8`), which is
+        another model than the original.
 
     Raises:
       CheckpointError: a part is missing or damaged.
@@ -146,12 +147,13 @@ def load(
             )
         oracle, drafts, ngram = _parts(Path(path))
     assert oracle is not None
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = dtype or checkpoint.default_dtype()
+    # Drafts are small: 8 bits would save little, and cost agreement.
+    of_drafts = checkpoint.default_dtype() if dtype == "int8" else dtype
     _check_vocabularies(oracle, drafts)
     return Stack(
         oracle=_model(oracle, dtype),
-        drafts=tuple(_model(draft, dtype) for draft in drafts),
+        drafts=tuple(_model(draft, of_drafts) for draft in drafts),
         ngram=ngram if ngram is None or isinstance(ngram, KatzModel) else KatzModel.load(ngram),
         tokenizer=_tokenizer(tokenizer, oracle),
     )

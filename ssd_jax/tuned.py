@@ -55,7 +55,7 @@ def conditions(stack: Stack) -> dict[str, Any]:
         "cores": cores(),
         "jax": jax.__version__,
         "jaxlib": jaxlib_version,
-        "dtype": str(stack.oracle.dtype),
+        "dtype": stack.oracle.numerics,
         "stack": stack.digest,
     }
 

@@ -195,7 +195,7 @@ def _stacks(stack: Stack, plans: dict[str, Plan], args) -> dict[str, tuple[Stack
     """Stack and plan of each own mode, the baseline in the other dtype among them."""
     own = {mode: (stack, plan) for mode, plan in plans.items()}
     if BASELINE in plans and args.other_baseline:
-        dtype = next(name for name in DTYPES if name != str(stack.oracle.dtype))
+        dtype = next(name for name in DTYPES if name != stack.oracle.numerics)
         changed = argparse.Namespace(**(vars(args) | {"dtype": dtype, "plan": None}))
         own[f"{BASELINE}-{dtype}"] = (cli.load_stack(changed)[0], plans[BASELINE])
     return own

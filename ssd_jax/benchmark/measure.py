@@ -76,7 +76,7 @@ def timed(generate: Callable[[], GenerationResult], stack: Stack) -> Record:
         result = generate()
     stats = result.stats
     return {
-        "dtype": str(stack.oracle.dtype),
+        "dtype": stack.oracle.numerics,
         "seconds": float(stats.seconds),
         "compile_seconds": compile_seconds,
         "new_tokens": int(stats.new_tokens),

@@ -81,7 +81,7 @@ def conditions(stack: Stack, plans: Mapping[str, Plan], options: Mapping[str, An
         "versions": {name: _version(name) for name in VERSIONED},
         "commit": _commit(),
         "stages": list(stack.stage_names),
-        "dtype": str(stack.oracle.dtype),
+        "dtype": stack.oracle.numerics,
         "parameters": {name: parameter_count(model) for name, model in models.items()},
         "weight_bytes": {name: weight_bytes(model) for name, model in models.items()},
         "cache_bytes_per_token": {n: cache_bytes_per_token(m) for n, m in models.items()},

@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  train.py all --config configs/python-small.toml\n"
         "  train.py oracle --set train_oracle.steps=20000\n"
         "  train.py widen --model checkpoints/python-small/oracle --width 1280 --layers 36 "
-        "--out runs/wide\n",
+        "--out runs/wide\n"
+        "  train.py quantize --model checkpoints/python-small/oracle --text held-out/*.py "
+        "--out runs/int8\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="step", metavar="STEP", required=True)
@@ -65,6 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face GPT-2 folder")
     prune.add_argument("--hidden", required=True, type=int, help="units to keep in each layer")
     prune.add_argument("--out", required=True, type=Path, metavar="DIR")
+    does = "round a model's weights to 8 bits and say what that costs in bits per byte"
+    quantize = commands.add_parser("quantize", help=does, description=does)
+    quantize.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder")
+    quantize.add_argument("--out", type=Path, metavar="DIR", help="where to save it, if anywhere")
+    quantize.add_argument(
+        "--text", required=True, nargs="+", type=Path, metavar="FILE",
+        help="held-out text to measure both models on, a document a file",
+    )  # fmt: skip
     return parser
 
 
@@ -85,7 +95,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``scripts/train.py``; returns the exit status."""
     args = build_parser().parse_args(argv)
-    run = {"widen": _widen, "prune": _prune}.get(args.step, _run)
+    run = {"widen": _widen, "prune": _prune, "quantize": _quantize}.get(args.step, _run)
     return cli.run_command(
         lambda: run(args),
         prefix="train.py",
@@ -131,6 +141,32 @@ def _widen(args: argparse.Namespace) -> None:
     checkpoint.save_model(wide, args.out, dtype=args.dtype, label=label)
     Tokenizer.load(args.model).save(args.out)
     _say(f"{label}; {before:,} to {after:,} parameters, in {args.out}")
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from ssd_jax import checkpoint
+    from ssd_jax.stack import weight_bytes
+    from ssd_jax.tokenizer import Tokenizer
+    from ssd_jax.training import report
+    from ssd_jax.training.sources import read_text
+
+    texts = [read_text(path) for path in args.text]
+    tokenizer = Tokenizer.load(args.model)
+    model = checkpoint.load_model(args.model)
+    rounded = checkpoint.quantize(model)
+    measured = report.compare_on({"oracle": model, "int8": rounded}, texts, tokenizer)
+    before, after = measured["oracle"], measured["int8"]
+    _say(
+        f"float32: {before.bits:.4f} bits per byte; int8: {after.bits:.4f} "
+        f"({after.bits - before.bits:+.4f}) over {after.tokens:,} tokens; the same likeliest "
+        f"token {after.agreement:.1%}, overlap {after.overlap:.1%}"
+    )
+    if args.out is not None:
+        label = f"weights rounded to 8 bits, {after.bits - before.bits:+.4f} bits per byte"
+        checkpoint.save_model(rounded, args.out, label=label)
+        tokenizer.save(args.out)
+        sizes = [weight_bytes(each) / 1e6 for each in (model, rounded)]
+        _say(f"a pass reads {sizes[1]:.1f} MB instead of {sizes[0]:.1f}; in {args.out}")
 
 
 def _prune(args: argparse.Namespace) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +16,9 @@ import jinja2
 import numpy as np
 
 from ssd_jax.gpt2 import GPT2, parameter_count
+from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training.config import Config, SampleConfig
-from ssd_jax.training.tokens import TokenFile
+from ssd_jax.training.tokens import TokenFile, token_bytes, write_split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,22 @@ def compare(
         )
         for name, total in sums.items()
     }
+
+
+def compare_on(
+    models: dict[str, GPT2], texts: Sequence[str], tokenizer: Tokenizer
+) -> dict[str, Quality]:
+    """:func:`compare` on some texts.
+
+    Raises:
+      DataError: they do not fill one window.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokenizer.save(folder)
+        write_split(folder, "heldout", texts, tokenizer)
+        sizes = token_bytes(folder / "tokenizer.json")
+        return compare(models, TokenFile(folder, "heldout"), sizes, context=window(models))
 
 
 def run_record(config: Config, name: str, log: list[dict]) -> dict[str, Any]:

@@ -262,6 +262,18 @@ def _read(path: Path) -> tuple[str, str]:
         return "not UTF-8 text", ""
 
 
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+      DataError: it cannot be read, or is no text.
+    """
+    reason, text = _read(path)
+    if reason:
+        raise DataError(f"{path}: {reason}; give a text file")
+    return text
+
+
 def _jsonl_file(path: Path, config: DataConfig) -> Records:
     if not path.is_file():
         raise DataError(f"the file of records {path} does not exist; correct data.jsonl")

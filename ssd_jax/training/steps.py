@@ -67,7 +67,8 @@ class Pipeline:
             ("train", text.train + text.functions),
             ("heldout", text.heldout),
         ):
-            count = tokens.write_split(self.work, split, documents, tokenizer)
+            texts, repeats = zip(*((d.text, d.repeats) for d in documents), strict=True)
+            count = tokens.write_split(self.work, split, texts, tokenizer, repeats)
             size = sum(document.size for document in documents)
             per_token = size / (count - len(documents))  # without the separators
             card[split] = {"tokens": count, "bytes": size, "bytes_per_token": per_token}
@@ -187,7 +188,7 @@ class Pipeline:
             record = Path(model.init) / TRAINING
             if record.is_file():
                 tokens.save_json(self.work / name / TRAINING, files.read_json(record))
-            return checkpoint.load_model(model.init)
+            return in_float32(checkpoint.load_model(model.init))
         if model.init == "oracle":
             return layers_of(self._trained("oracle"), model.n_layer)
         return None

@@ -152,7 +152,13 @@ def _tile(x: np.ndarray, copies: int, axis: int) -> np.ndarray:
 
 
 def _weights(model: GPT2) -> dict[str, Any]:
-    """The parameters as nested dictionaries of NumPy arrays."""
+    """The parameters as nested dictionaries of NumPy arrays.
+
+    Raises:
+      ConfigError: they are rounded to 8 bits.
+    """
+    if model.numerics == "int8":
+        raise ConfigError("the model's weights are rounded to 8 bits; start from the original")
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 

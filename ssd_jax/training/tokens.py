@@ -21,7 +21,6 @@ from ssd_jax.errors import DataError
 from ssd_jax.files import atomic_path
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training.config import END_OF_TEXT, TokenizerConfig, TrainConfig
-from ssd_jax.training.corpus import Document
 
 # What a merge never crosses. Unlike in GPT-2's pattern, a newline keeps all of the following
 # line's indentation (one token for most line starts), and underscores and one leading mark
@@ -91,16 +90,20 @@ def encode_document(text: str, tokenizer: Tokenizer, random: np.random.Generator
 
 
 def write_split(
-    folder: Path, split: str, documents: Sequence[Document], tokenizer: Tokenizer
+    folder: Path,
+    split: str,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    repeats: Sequence[int] | None = None,
 ) -> int:
-    """Encode one split; returns its number of tokens, separators included."""
+    """Encode one split; returns its number of tokens, separators included.
+
+    ``repeats`` are the occurrences of each text in one epoch, by default one.
+    """
     random = np.random.default_rng(0)
-    encoded = [
-        np.array(encode_document(document.text, tokenizer, random), np.uint16)
-        for document in documents
-    ]
+    encoded = [np.array(encode_document(text, tokenizer, random), np.uint16) for text in texts]
     starts = np.cumsum([0] + [len(ids) for ids in encoded])[:-1]
-    repeats = [document.repeats for document in documents]
+    repeats = [1] * len(texts) if repeats is None else repeats
     tokens = np.concatenate(encoded)
     save_array(folder / f"{split}.documents.npy", np.stack([starts, repeats], axis=1))
     save_array(folder / f"{split}.tokens.npy", tokens)

@@ -1,0 +1,92 @@
+"""Eight-bit weights: one byte a weight, one scale an output channel.
+
+Weights are ``[out, in]``, whatever their layout in float, with symmetric scales: an output's
+largest weight becomes 127. The model computed from them is another one than the original.
+
+Two products with them:
+
+* *8-bit activations* (the default on a CPU): each row of the input is scaled to 127 as well, so
+  that the sum is of integers, exact in int32. Rounding amplifies: where the last bit of an input
+  depends on how many rows a pass has, some activation is rounded the other way. So a model with
+  8-bit activations sums layer norms and attention in float64, and its tree passes agree with its
+  one-row passes nearly always to the bit.
+* *Weights alone* (the default on a GPU, where a decode step waits for weights and not for
+  arithmetic): converted to the input's type on their way, with the scale on the output.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_LARGEST = 127
+# One row alone is no matrix product to XLA, and several times as slow on a CPU.
+_FEWEST_ROWS = 2
+# Up to here the weights had better stand on the left, where XLA's library does not rearrange them.
+_FEW_ROWS = 8
+
+
+def quantize(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Int8 weights and their scales.
+
+    Args:
+      weights: ``[out, in]``, floats.
+
+    Returns:
+      ``[out, in]`` int8 and ``[out]`` float32; ``weights`` is about their product.
+    """
+    weights = np.asarray(weights, np.float32)
+    scale = np.abs(weights).max(axis=1) / np.float32(_LARGEST)
+    # A row of zeros has any scale.
+    divisor = np.where(scale > 0, scale, 1.0)[:, None]
+    return np.rint(weights / divisor).astype(np.int8), scale.astype(np.float32)
+
+
+def product(
+    x: jax.Array, weights: jax.Array, scale: jax.Array, *, dtype, activations: bool
+) -> jax.Array:
+    """``x`` times the weights, in float32.
+
+    Args:
+      x: ``[..., in]`` float32.
+      weights: ``[out, in]`` int8.
+      scale: ``[out]`` float32.
+      dtype: type of the operands unless ``activations``.
+      activations: whether ``x`` is rounded to 8 bits too.
+
+    Returns:
+      ``[..., out]`` float32.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if activations:
+        sums = _integer_product(rows, weights)
+    else:
+        sums = jnp.einsum(
+            "ri,oi->ro", rows.astype(dtype), weights.astype(dtype), **_accumulation(dtype)
+        )
+    return (sums * scale).reshape(*x.shape[:-1], -1)
+
+
+def _integer_product(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """``[R, in]`` float32 times ``[out, in]`` int8 -> ``[R, out]`` float32, without their scale."""
+    largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
+    scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / _LARGEST
+    rounded = jnp.round(rows / scale).astype(jnp.int8)
+    spare = max(_FEWEST_ROWS - rows.shape[0], 0)
+    rounded = jnp.pad(rounded, ((0, spare), (0, 0)))
+    if len(rounded) <= _FEW_ROWS:
+        sums = jnp.einsum("oi,ri->or", weights, rounded, preferred_element_type=jnp.int32)
+        # Without a barrier XLA would turn the product round.
+        sums = lax.optimization_barrier(sums).T
+    else:
+        sums = jnp.einsum("ri,oi->ro", rounded, weights, preferred_element_type=jnp.int32)
+    return sums[: rows.shape[0]].astype(jnp.float32) * scale
+
+
+def _accumulation(dtype) -> dict:
+    """Keywords of a product of this type that sums in float32."""
+    if dtype == jnp.float32:
+        return {"precision": lax.Precision.HIGHEST}
+    return {"preferred_element_type": jnp.float32}

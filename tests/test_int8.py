@@ -1,0 +1,189 @@
+"""8-bit weights: the product against integers, the model against its own rounded weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from flax import nnx
+
+import ssd_jax
+from ssd_jax import checkpoint, gpt2, int8
+from ssd_jax.errors import CheckpointError, ConfigError
+from ssd_jax.gpt2 import GPT2
+from ssd_jax.training import command, tokens
+from ssd_jax.training.config import TokenizerConfig
+from ssd_jax.training.surgery import widen
+
+
+def dequantized(model: GPT2) -> GPT2:
+    """The float model whose weights are exactly those that the int8 model stands for."""
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    floats = gpt2.abstract(model.config)
+    loaded = []
+    for path, param in nnx.to_flat_state(nnx.state(floats, nnx.Param)):
+        value = params[path][...].astype(jnp.float32)
+        scale = params.get((*path[:-1], f"{path[-1]}_scale"))
+        if scale is not None:
+            value = value * scale[...][:, None]
+            value = value.T if path[-1] == "kernel" else value
+        loaded.append((path, param.replace(value)))
+    nnx.update(floats, nnx.from_flat_state(loaded))
+    return floats
+
+
+def weights(model: GPT2) -> dict:
+    return {path: np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def original(request) -> GPT2:
+    return toys.model(width=64, tie_word_embeddings=request.param == "tied")
+
+
+@pytest.fixture(scope="module")
+def rounded(original) -> GPT2:
+    return checkpoint.quantize(original)
+
+
+def test_a_weight_is_off_by_half_a_step_at_most():
+    values = np.random.default_rng(0).normal(size=(7, 50)).astype(np.float32)
+    values[3] = 0
+    stored, scale = int8.quantize(values)
+    assert stored.dtype == np.int8 and np.abs(stored).max() == 127 and scale[3] == 0
+    off = np.abs(stored * scale[:, None] - values)
+    assert (off <= scale[:, None] * 0.5001).all() and off.max() > 0
+    assert (np.abs(stored).max(axis=1) == 127)[scale > 0].all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 20])
+def test_the_product_is_that_of_the_rounded_numbers(rows):
+    rng = np.random.default_rng(rows)
+    x = (rng.normal(size=(1, rows, 96)) * 3).astype(np.float32)
+    stored, scale = int8.quantize(rng.normal(size=(40, 96)))
+    got = int8.product(jnp.array(x), stored, scale, dtype=jnp.float32, activations=True)
+    step = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    sums = np.round(x / step).astype(np.int64) @ stored.T.astype(np.int64)
+    np.testing.assert_allclose(got, sums * step * scale, rtol=1e-6)
+    plain = int8.product(jnp.array(x), stored, scale, dtype=jnp.float32, activations=False)
+    np.testing.assert_allclose(plain, x @ (stored.T * scale), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_zeros_gives_zeros():
+    stored, scale = int8.quantize(np.ones((4, 6)))
+    zero = jnp.zeros((1, 3, 6))
+    assert not int8.product(zero, stored, scale, dtype=jnp.float32, activations=True).any()
+
+
+def test_the_model_computes_with_its_rounded_weights(original, rounded):
+    tokens = np.arange(40)[None] * 7 % toys.VOCAB
+    alone = gpt2.abstract(original.config, param_dtype=jnp.int8, activations8=False)
+    nnx.update(alone, nnx.state(rounded, nnx.Param))
+    expected = dequantized(rounded)(tokens)[0]
+    np.testing.assert_allclose(alone(tokens)[0], expected, rtol=1e-4, atol=1e-4)
+    # 8-bit activations cost something, but far less than the logits' spread.
+    off = np.abs(rounded(tokens)[0] - expected)
+    assert 0 < off.mean() < 0.05 * np.std(expected)
+    assert rounded.numerics == "int8" and rounded.dtype == jnp.float32
+
+
+def test_a_pass_of_one_row_equals_one_of_many_to_the_bit(rounded):
+    """What an 8-bit tree pass needs: rounding turns a last bit into a hundredth."""
+    length, slots = 40, 64
+    tokens = np.arange(length)[None] * 11 % toys.VOCAB
+    step = jax.jit(
+        lambda model, tokens, first, cache: model(
+            tokens,
+            first + jnp.arange(tokens.shape[1])[None],
+            mask=jnp.arange(slots) <= (first + jnp.arange(tokens.shape[1]))[None, :, None],
+            cache=cache,
+            offset=first,
+        )
+    )
+    whole = np.asarray(jax.jit(lambda model: model(tokens)[0])(rounded))
+    for rows in (1, 5, 20):
+        cache, logits = rounded.init_cache(1, slots), []
+        for first in range(0, length, rows):
+            some, cache = step(rounded, tokens[:, first : first + rows], first, cache)
+            logits.append(some)
+        np.testing.assert_array_equal(np.concatenate(logits, axis=1), whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20, "seed": 3}])
+def test_speculation_writes_what_the_8_bit_oracle_writes(options):
+    floats = toys.stack("between")
+    stack = dataclasses.replace(floats, oracle=checkpoint.quantize(floats.oracle))
+    for prompt in ([1, 2, 3], [7] * 9):
+        texts = [
+            ssd_jax.generate(stack, prompt, mode=mode, max_new_tokens=40, **options)
+            for mode in ("baseline", "speculative", "staged")
+        ]
+        assert texts[0].tokens == texts[1].tokens == texts[2].tokens
+        assert texts[2].stats.rounds < 40
+
+
+def test_saved_and_loaded_it_is_the_same(original, rounded, tmp_path):
+    checkpoint.save_model(rounded, tmp_path / "int8", label="rounded")
+    checkpoint.save_model(original, tmp_path / "float")
+    loaded = {
+        "stored": checkpoint.load_model(tmp_path / "int8"),
+        "as int8": checkpoint.load_model(tmp_path / "int8", dtype="int8"),
+        "on loading": checkpoint.load_model(tmp_path / "float", dtype="int8"),
+    }
+    for model in loaded.values():
+        assert model.numerics == "int8"
+        assert weights(model).keys() == weights(rounded).keys()
+        for path, value in weights(rounded).items():
+            np.testing.assert_array_equal(weights(model)[path], value)
+    assert checkpoint.load_label(tmp_path / "int8") == "rounded"
+    small, large = (
+        sum(p.stat().st_size for p in (tmp_path / n).glob("*.safetensors"))
+        for n in ("int8", "float")
+    )
+    assert small < 0.45 * large
+
+
+def test_only_the_oracle_of_a_stack_is_rounded(original, tmp_path):
+    for name in ("oracle", "draft"):
+        checkpoint.save_model(original, tmp_path / name)
+    stack = ssd_jax.load(tmp_path, dtype="int8")
+    assert [model.numerics for model in (stack.oracle, *stack.drafts)] == ["int8", "float32"]
+    assert stack.digest != ssd_jax.load(tmp_path).digest
+
+
+def test_what_8_bits_cannot_do_is_said(original, rounded, tmp_path):
+    with pytest.raises(ConfigError, match="leave dtype out"):
+        checkpoint.save_model(rounded, tmp_path, dtype="float32")
+    with pytest.raises(ConfigError, match="start from the original"):
+        widen(rounded, width=128, layers=2)
+    checkpoint.save_model(original, tmp_path / "mixed")
+    config = tmp_path / "mixed" / "config.json"
+    method = '{"quantization_config": {"quant_method": "ssd_jax_int8"},'
+    config.write_text(config.read_text().replace("{", method, 1))
+    with pytest.raises(CheckpointError, match="missing tensor"):
+        checkpoint.load_model(tmp_path / "mixed")
+    config.write_text(config.read_text().replace("ssd_jax_int8", "gptq"))
+    with pytest.raises(ConfigError, match="quantization_config"):
+        checkpoint.load_model(tmp_path / "mixed")
+
+
+def test_the_command_prints_the_loss_and_saves(tmp_path, capsys):
+    text = "the cat sat on the mat\n" * 80
+    tokenizer = tokens.train_tokenizer([text], TokenizerConfig(vocab_size=265))
+    model = toys.model(width=32, vocab_size=tokenizer.vocab_size, eos_token_id=0)
+    checkpoint.save_model(model, tmp_path / "float")
+    tokenizer.save(tmp_path / "float")
+    (tmp_path / "held.txt").write_text(text)
+    out = tmp_path / "int8"
+    argv = ["quantize", "--model", str(tmp_path / "float"), "--out", str(out), "--text"]
+    assert command.main([*argv, str(tmp_path / "held.txt")]) == 0
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed and "a pass reads" in printed
+    assert "bits per byte" in (checkpoint.load_label(out) or "")
+    assert checkpoint.load_model(out).numerics == "int8"
+    assert command.main([*argv, str(tmp_path / "absent")]) == 2
+    assert "absent: unreadable" in capsys.readouterr().err
