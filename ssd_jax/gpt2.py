@@ -26,6 +26,7 @@ from jax import lax
 from ssd_jax import int8, kv_cache
 from ssd_jax.errors import ConfigError
 from ssd_jax.kv_cache import KVCache
+from ssd_jax.spans import within
 
 # A tile of a tensor core: fewer rows cost as much on a GPU, and in more kernels.
 _FUSED_ROWS = 16
@@ -204,23 +205,26 @@ class Attention(nnx.Module):
             query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         if cached is not None:
             axis = 1 if fused else 2
-            keys, values, moved = cached
+            keys, values, moved, end = cached
             if moved is not None:
                 key = jnp.concatenate([moved[0], key.astype(self.dtype)], axis)
                 value = jnp.concatenate([moved[1], value.astype(self.dtype)], axis)
             key = kv_cache.write(keys, key, offset, axis)
             value = kv_cache.write(values, value, offset, axis)
-        attend = self._attend_fused if fused else self._attend
-        # On a CPU float32 products of one row run on one core; what converts to float64 on all.
-        single = rows == 1 and self.dtype == jnp.float32 and jax.default_backend() == "cpu"
-        if not fused and (self.exact or single):
-            attend = self._attend_exactly
-        mixed = attend(query, key, value, mask, rngs).reshape(batch, rows, width)
+        if fused:
+            mixed = self._attend_fused(query, key, value, mask)
+        elif cached is not None:
+            mixed = self._attend_within(end, query, key, value, mask)
+        else:
+            mixed = self._attend(query, key, value, mask, rngs)
+        mixed = mixed.reshape(batch, rows, width)
         out = self.resid_dropout(self.c_proj(mixed), deterministic=rngs is None, rngs=rngs)
         return out, (key, value)
 
     def _attend(self, query, key, value, mask, rngs):
         """``[B, H, T, I]`` queries, ``[B, H, S, I]`` keys and values -> ``[B, T, H, I]``."""
+        if self.exact:
+            return self._attend_exactly(query, key, value, mask)
         scores = _product("bhtd,bhsd->bhts", query * self.scale, key, self.dtype)
         scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1)
@@ -228,10 +232,9 @@ class Attention(nnx.Module):
         mixed = _product("bhts,bhsd->bhtd", weights, value, self.dtype)
         return mixed.swapaxes(1, 2)
 
-    def _attend_exactly(self, query, key, value, mask, rngs):
+    def _attend_exactly(self, query, key, value, mask):
         """:meth:`_attend` with sums and exponentials in float64: rounded to float32, they hardly
         ever tell in what order they were made, or by which of XLA's code for few or many rows."""
-        del rngs  # neither 8-bit activations nor single rows are trained
         with jax.enable_x64(True):
             query, key, value = (x.astype(jnp.float64) for x in (query, key, value))
             scores = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
@@ -243,9 +246,19 @@ class Attention(nnx.Module):
             mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
             return mixed.astype(jnp.float32).swapaxes(1, 2)
 
-    def _attend_fused(self, query, key, value, mask, rngs):
+    def _attend_within(self, end, query, key, value, mask):
+        """:meth:`_attend` where nothing from slot ``end`` on is seen: a short text does not pay
+        for a long cache."""
+
+        def look(slots: int) -> jax.Array:
+            seen = (x[:, :, :slots] for x in (key, value, mask))
+            return self._attend(query, *seen, rngs=None)
+
+        # Read outside a branch, a cache that one row has been written to is copied on a CPU.
+        return within(end, mask.shape[2], look, branch=mask.shape[1] == 1)
+
+    def _attend_fused(self, query, key, value, mask):
         """``[B, T, H, I]`` queries, ``[B, S, H, I]`` keys and values -> ``[B, T, H, I]``."""
-        del rngs  # a pass with a cache has no dropout
         spare = query.shape[1] - mask.shape[1]
         mask = jnp.pad(mask, ((0, 0), (0, spare), (0, 0)), constant_values=True)
         return jax.nn.dot_product_attention(
@@ -376,12 +389,14 @@ class GPT2(nnx.Module):
         x = self._embed(tokens) + self.wpe[...][positions].astype(jnp.float32)
         x = self.embd_dropout(x, deterministic=rngs is None, rngs=rngs)
         layers, moved = [], [None] * len(self.h)
+        slots = jnp.arange(1, mask.shape[2] + 1)
+        end = jnp.max(jnp.where(jnp.any(mask, axis=(0, 1)), slots, 0))  # of what is seen at all
         if cache is not None and cache.pending is not None:
             moved = kv_cache.take(cache, jnp.maximum(cache.pending, 0))
         for index, block in enumerate(self.h):
             cached = None
             if cache is not None:
-                cached = (cache.keys[index], cache.values[index], moved[index])
+                cached = (cache.keys[index], cache.values[index], moved[index], end)
             with jax.named_scope(f"layer{index}"):
                 x, cached = block(x, mask, cached, offset, rngs)
             layers.append(cached)

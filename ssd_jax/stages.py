@@ -21,6 +21,7 @@ from ssd_jax.kv_cache import KVCache, keep
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.sampling import Sampling, scores
+from ssd_jax.spans import within
 from ssd_jax.tree import TokenTree, at
 
 # Mean of the standard Gumbel distribution: stands for the unknown noise of the tokens that
@@ -169,14 +170,14 @@ def evaluate(
       Logits ``[B, W, V]`` float32 and the model's new side.
     """
     width = nodes.shape[1]
-    text = rnd.capacities.text
-    first = side.passes * width
-    slot = jnp.where(hit, text + first + rows, side.slot)
+    base = jnp.max(rnd.length)  # scratch slots follow the longest row's text
+    first = base + side.passes * width
+    slot = jnp.where(hit, first + rows, side.slot)
     lineage = _take(tree.ancestors, nodes[:, :, None], axis=1)
-    scratch = text + jnp.arange(rnd.capacities.scratch(model))
+    scratch = base + jnp.arange(rnd.capacities.scratch(model))
     block = jnp.any(lineage[:, :, None, :] & (slot[:, None, :] == scratch[:, None])[:, None], -1)
-    committed = jnp.arange(text) < side.cache.length[:, None, None]
-    committed = jnp.broadcast_to(committed, (*nodes.shape, text))
+    committed = jnp.arange(rnd.capacities.slots(model)) < side.cache.length[:, None, None]
+    committed = jnp.broadcast_to(committed, (*nodes.shape, committed.shape[2]))
     network = rnd.models[model]
     position = jnp.clip(at(rnd.position(tree), nodes), 0, network.config.n_positions - 1)
     logits, cache = forward(
@@ -184,9 +185,9 @@ def evaluate(
         model,
         at(tree.token, nodes),
         position,
-        mask=jnp.concatenate([committed, block], axis=2),
+        mask=lax.dynamic_update_slice_in_dim(committed, block, base, axis=2),
         cache=side.cache,
-        offset=text + first,
+        offset=first,
     )
     return logits, Side(cache, slot, side.passes + 1)
 
@@ -418,16 +419,21 @@ def _look_up_text(rnd: Round, recent: jax.Array) -> tuple[jax.Array, jax.Array]:
       Tokens ``[B, W]`` int32 and their log-probabilities ``[B, W]``, minus infinity where
       nothing matches.
     """
-    positions = jnp.arange(rnd.text.shape[1])
-    # A match may end anywhere before the newest committed token, so that its continuation
-    # is committed too.
-    running = (positions < rnd.length[:, None] - 1)[:, None, :]
-    matched = jnp.zeros((*recent.shape[:2], positions.shape[0]), jnp.int32)
-    for back in range(recent.shape[2]):
-        shifted = jnp.pad(rnd.text, ((0, 0), (back, 0)), constant_values=-2)[:, : len(positions)]
-        running = running & (shifted[:, None, :] == recent[:, :, back, None])
-        matched += running.astype(jnp.int32)
-    best = jnp.max(matched * len(positions) + positions, axis=-1)
-    length, end = best // len(positions), best % len(positions)
+    size = rnd.text.shape[1]
+
+    def best_match(span: int) -> jax.Array:
+        positions = jnp.arange(span)
+        # A match may end anywhere before the newest committed token, so that its continuation
+        # is committed too.
+        running = (positions < rnd.length[:, None] - 1)[:, None, :]
+        matched = jnp.zeros((*recent.shape[:2], span), jnp.int32)
+        for back in range(recent.shape[2]):
+            shifted = jnp.pad(rnd.text, ((0, 0), (back, 0)), constant_values=-2)[:, :span]
+            running = running & (shifted[:, None, :] == recent[:, :, back, None])
+            matched += running.astype(jnp.int32)
+        return jnp.max(matched * size + positions, axis=-1)
+
+    best = within(jnp.max(rnd.length), size, best_match)
+    length, end = best // size, best % size
     log_prob = rnd.policy.match_log_prob[jnp.clip(length - 1, 0)]
     return at(rnd.text, end + 1), jnp.where(length > 0, log_prob, -jnp.inf)

@@ -343,8 +343,8 @@ def test_one_trace_serves_prompts_policies_temperatures_and_seeds():
     assert counts[0] == counts[-1] and min(counts[0]) > 0
 
 
-def lowered(stack, batch, place=lambda tree: tree):
-    plan = plan_for(1)
+def lowered(stack, batch, place=lambda tree: tree, plan=None):
+    plan = plan or plan_for(1)
     capacities = Capacities.of(plan, TEXT)
     models, state = start(stack, PROMPTS[:batch], 20, capacities)
     arguments = (
@@ -359,9 +359,11 @@ def lowered(stack, batch, place=lambda tree: tree):
     return engine.decode.lower(*place(arguments), capacities=capacities), caches
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_loop_copies_no_cache(batch):
-    program, caches = lowered(toys.stack("between"), batch)
+@pytest.mark.parametrize(
+    "batch, plan", [(1, Plan.baseline()), (1, None), (3, None)], ids=["plain", "tree", "batch"]
+)
+def test_the_loop_copies_no_cache(batch, plan):
+    program, caches = lowered(toys.stack("between"), batch, plan=plan)
     hlo = program.compile().as_text()
     assert "while(" in hlo
     assert cache_sized_copies(hlo, caches) == []

@@ -89,6 +89,12 @@ def build_parser() -> cli.Parser:
         "and schemes of speculative sampling (minutes a prompt)",
     )
     parser.add_argument(
+        "--by-length",
+        action="store_true",
+        help="measure no prompts, but what a round takes by the length of the text, in a buffer "
+        "of the whole context and in one that just fits",
+    )
+    parser.add_argument(
         "--other-baseline",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -104,6 +110,16 @@ def build_parser() -> cli.Parser:
     )
     cli.add_stack_arguments(parser)
     return parser
+
+
+def _by_length(args: argparse.Namespace) -> None:
+    from ssd_jax.benchmark.ablations import markdown
+    from ssd_jax.benchmark.by_length import rounds_by_length
+
+    stack, plan = cli.load_stack(args)
+    plans = _plans(stack, args.modes or cli.modes_of(stack), plan, ["greedy"])
+    options = {"seed": args.seed, "say": lambda line: print(line, file=sys.stderr)}
+    print(markdown(rounds_by_length(stack, plans, **options)))
 
 
 def _benchmark(args: argparse.Namespace) -> None:
@@ -415,4 +431,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     cli.check_stack_arguments(parser, args)
-    return cli.run_command(lambda: _benchmark(args))
+    return cli.run_command(lambda: (_by_length if args.by_length else _benchmark)(args))
