@@ -18,12 +18,12 @@ from jax import lax
 
 from ssd_jax import stages
 from ssd_jax import tree as trees
-from ssd_jax.kv_cache import KVCache, held, settle
+from ssd_jax.kv_cache import KVCache, settle
 from ssd_jax.ngram import NGramTables
 from ssd_jax.pacing import Pace, after_round, best_width
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.sampling import Sampling, choose, gumbel_noise
-from ssd_jax.stages import Round, Side
+from ssd_jax.stages import Round
 from ssd_jax.tree import TokenTree, at
 
 RUNNING, ENDED, LIMITED = 0, 1, 2
@@ -32,21 +32,41 @@ RUNNING, ENDED, LIMITED = 0, 1, 2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Written by the loop, never read by it.
+    """Written by the loop, never read by it; one write for all tokens of a round and one for the
+    round itself.
 
     Attributes:
-      origin: ``[B, S']`` int32, the stage that proposed each committed token.
-      margin: ``[B, S']`` float32, by how much the oracle's choice of each token won.
-      length: ``[R, B]`` int32, committed tokens at the start of each round.
-      passes: ``[R, M]`` int32, passes of the oracle and each draft in each round.
-      width: ``[R]`` int32, rows of the oracle's pass in each round.
+      tokens: ``[B, 2, S']`` int32, ``origin`` and the bits of ``margin``.
+      rounds: ``[R, B + M + 1]`` int32, ``length``, ``passes`` and ``width``.
     """
 
-    origin: jax.Array
-    margin: jax.Array
-    length: jax.Array
-    passes: jax.Array
-    width: jax.Array
+    tokens: jax.Array
+    rounds: jax.Array
+
+    @property
+    def origin(self) -> jax.Array:
+        """``[B, S']`` int32, the stage that proposed each committed token."""
+        return self.tokens[:, 0]
+
+    @property
+    def margin(self) -> jax.Array:
+        """``[B, S']`` float32, by how much the oracle's choice of each token won."""
+        return self.tokens[:, 1].view(jnp.float32)
+
+    @property
+    def length(self) -> jax.Array:
+        """``[R, B]`` int32, committed tokens at the start of each round."""
+        return self.rounds[:, : self.tokens.shape[0]]
+
+    @property
+    def passes(self) -> jax.Array:
+        """``[R, M]`` int32, passes of the oracle and each draft in each round."""
+        return self.rounds[:, self.tokens.shape[0] : -1]
+
+    @property
+    def width(self) -> jax.Array:
+        """``[R]`` int32, rows of the oracle's pass in each round."""
+        return self.rounds[:, -1]
 
 
 @jax.tree_util.register_dataclass
@@ -107,12 +127,10 @@ def init_state(
         rounds=np.int32(0),
         pace=Pace.start(),
     )
+    unknown = np.full(buffer, np.inf, np.float32)
     trace: Any = dict(
-        origin=np.zeros(buffer, np.int32),
-        margin=np.full(buffer, np.inf, np.float32),
-        length=np.zeros((capacities.text, batch), np.int32),
-        passes=np.zeros((capacities.text, len(models)), np.int32),
-        width=np.zeros((capacities.text,), np.int32),
+        tokens=np.stack([np.zeros(buffer, np.int32), unknown.view(np.int32)], axis=1),
+        rounds=np.zeros((capacities.text, batch + len(models) + 1), np.int32),
     )
     caches = tuple(m.init_cache(batch, capacities.slots(i)) for i, m in enumerate(models))
     host, trace = jax.device_put((host, trace))
@@ -193,12 +211,10 @@ def speculative_step(
     """
     rnd = new_round(models, tables, state, sampling, policy, capacities)
     caches, caught_up = _catch_up(rnd, state)
-    tree = trees.plant(trunk_tokens(rnd), state.length, capacities.nodes)
-    sides = tuple(stages.begin(rnd, i, caches[i], tree) for i in range(1, len(models)))
-    tree, sides = stages.grow(rnd, 1, tree, sides)
+    tree, drafts = stages.grow(rnd, 1, plant(rnd, caches[1:]), caches[1:])
     verdict, oracle = _verify(rnd, tree, caches[0], state.pace)
     emitted = _emit(state, tree, verdict)
-    return _advance(rnd, state, oracle, sides, caught_up, verdict, emitted), tree, verdict
+    return _advance(rnd, state, tree, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
 
 
 def new_round(
@@ -248,10 +264,14 @@ def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.
     return tuple(caches), jnp.where(state.rounds == 0, 0, jnp.stack(passes))
 
 
-def trunk_tokens(rnd: Round) -> jax.Array:
-    """``[B, K]`` int32, the newest committed tokens, right-aligned."""
+def plant(rnd: Round, caches: tuple[KVCache, ...]) -> TokenTree:
+    """A tree with the newest committed tokens, of which the drafts' ``caches`` have some."""
     size = rnd.capacities.trunk
-    return at(rnd.text, rnd.length[:, None] - size + jnp.arange(size))
+    depth = jnp.arange(size)[None] - (size - 1)
+    trunk = at(rnd.text, rnd.position(depth))
+    cached = tuple(cache.length for cache in caches)
+    growable = rnd.growable(trunk, depth)
+    return trees.plant(trunk, rnd.length, rnd.capacities.nodes, growable, cached)
 
 
 @jax.tree_util.register_dataclass
@@ -358,7 +378,7 @@ def _evaluate_tree(
       Logits ``[B, W, V]`` and the cache.
     """
     assert cache.pending is not None
-    text, first = held(cache), cache.length + cache.pending.shape[1]
+    first = cache.length + cache.pending.shape[1]
     among = trees.lineage_among(tree, nodes) & found[:, None, :]
     slots = jnp.arange(rnd.capacities.slots(0))
     index = slots - first[:, None]
@@ -366,17 +386,19 @@ def _evaluate_tree(
         among, jnp.clip(index, 0, nodes.shape[1] - 1)[:, None, :], axis=2, mode="promise_in_bounds"
     )
     own &= ((index >= 0) & (index < nodes.shape[1]))[:, None, :]
-    position = jnp.clip(at(rnd.position(tree), nodes), 0, rnd.models[0].config.n_positions - 1)
+    position = jnp.clip(
+        rnd.position(at(tree.depth, nodes)), 0, rnd.models[0].config.n_positions - 1
+    )
     logits, cache = stages.forward(
         rnd,
         0,
         at(tree.token, nodes),
         position,
-        mask=own | (slots < text[:, None])[:, None, :],
+        mask=own | (slots + 1 < rnd.length[:, None])[:, None, :],
         cache=cache,
         offset=cache.length,
     )
-    return logits, dataclasses.replace(cache, length=text)
+    return logits, dataclasses.replace(cache, length=rnd.length - 1)
 
 
 def _evaluate_root(rnd: Round, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -431,8 +453,8 @@ def _emit(state: DecodeState, tree: TokenTree, verdict: Verdict) -> Emitted:
 def _advance(
     rnd: Round,
     state: DecodeState,
-    oracle: KVCache,
-    sides: tuple[Side, ...],
+    tree: TokenTree,
+    caches: tuple[KVCache, ...],
     caught_up: jax.Array,
     verdict: Verdict,
     emitted: Emitted,
@@ -445,26 +467,29 @@ def _advance(
     path = jnp.concatenate(
         [jnp.broadcast_to(jnp.arange(trunk), (batch, trunk)), verdict.path[:, 1:]], axis=1
     )
+    oracle, *drafts = caches
     if oracle.pending is None:
         oracle = dataclasses.replace(oracle, length=length - 1)
     else:
         real = jnp.arange(verdict.slot.shape[1]) < emitted.count[:, None]
         oracle = dataclasses.replace(oracle, pending=jnp.where(real, verdict.slot, -1))
-    caches = (oracle, *(stages.commit(rnd, side, path, known, length) for side in sides))
-    made = jnp.stack([jnp.int32(1), *(side.passes for side in sides)])
+    drafts = [
+        stages.commit(rnd, cache, tree.slot(i), path, known, length)
+        for i, cache in enumerate(drafts, 1)
+    ]
+    made = jnp.stack([jnp.int32(1), *(tree.passes(i) for i in range(1, len(caches)))])
+    tokens = jnp.stack([emitted.origin, verdict.margin.view(jnp.int32)], axis=1)
+    entry = jnp.concatenate([state.length, caught_up + made, verdict.rows[None]])
     trace = Trace(
-        origin=_write(state.trace.origin, emitted.origin, state.length),
-        margin=_write(state.trace.margin, verdict.margin, state.length),
-        length=state.trace.length.at[state.rounds].set(state.length),
-        passes=state.trace.passes.at[state.rounds].set(caught_up + made),
-        width=state.trace.width.at[state.rounds].set(verdict.rows),
+        tokens=_write(state.trace.tokens, tokens, state.length),
+        rounds=lax.dynamic_update_index_in_dim(state.trace.rounds, entry, state.rounds, 0),
     )
     return dataclasses.replace(
         state,
         text=_write(state.text, verdict.token, state.length),
         length=length,
         finish=emitted.finish,
-        caches=caches,
+        caches=(oracle, *drafts),
         rounds=state.rounds + 1,
         pace=_keep_pace(rnd, state.pace, emitted, verdict, made, caught_up),
         trace=trace,
@@ -492,8 +517,9 @@ def _keep_pace(
 
 
 def _write(buffer: jax.Array, row: jax.Array, offset: jax.Array) -> jax.Array:
-    """Write ``row[b]`` into ``buffer[b]`` from ``offset[b]`` on. Entries past what was emitted
-    land above the new length, where the next round overwrites them."""
+    """Write ``row[b]`` into ``buffer[b]``, along the last axis from ``offset[b]`` on. Entries past
+    what was emitted land above the new length, where the next round overwrites them."""
     for b in range(buffer.shape[0]):
-        buffer = lax.dynamic_update_slice(buffer, row[b : b + 1], (b, offset[b]))
+        start = (b, *(buffer.ndim - 2) * (0,), offset[b])
+        buffer = lax.dynamic_update_slice(buffer, row[b : b + 1], start)
     return buffer

@@ -64,38 +64,22 @@ class Round:
     policy: Policy
     capacities: Capacities
 
-    def growable(self, tree: TokenTree) -> jax.Array:
-        """``[B, N]`` bool: nodes that may have children. Closed under ancestors."""
-        ended = (tree.depth > 0) & jnp.any(tree.token[:, :, None] == self.eos[:, None, :], axis=-1)
+    def growable(self, token: jax.Array, depth: jax.Array) -> jax.Array:
+        """``[B, C]`` bool: whether nodes of a ``token`` and a ``depth`` may have children."""
+        ended = (depth > 0) & jnp.any(token[:, :, None] == self.eos[:, None, :], axis=-1)
         deepest = jnp.minimum(self.policy.depth, self.capacities.depth)
         # The oracle adds a token of its own, so the last position is never drafted for.
-        room = self.position(tree) + 2 < self.limit[:, None]
-        return tree.valid & ~ended & (tree.depth < deepest) & room & self.active[:, None]
+        room = self.position(depth) + 2 < self.limit[:, None]
+        return ~ended & (depth < deepest) & room & self.active[:, None]
 
-    def position(self, tree: TokenTree) -> jax.Array:
-        """``[B, N]`` int32 absolute position of each node."""
-        return self.length[:, None] - 1 + tree.depth
+    def position(self, depth: jax.Array) -> jax.Array:
+        """``[B, C]`` int32 absolute position of nodes of a ``depth``."""
+        return self.length[:, None] - 1 + depth
 
     def tau(self, stage: int) -> jax.Array:
         """``[B]`` float32 calibration of a proposing stage."""
         greedy, sampled = self.policy.tau[stage - 1, 0], self.policy.tau[stage - 1, 1]
         return jnp.where(self.sampling.temperature > 0, sampled, greedy)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """One model's side of the tree during a round.
-
-    Attributes:
-      cache: its KV cache.
-      slot: ``[B, N]`` int32, the cache slot of each node it has evaluated, else -1.
-      passes: int32, passes made in this round.
-    """
-
-    cache: KVCache
-    slot: jax.Array
-    passes: jax.Array
 
 
 def forward(rnd: Round, model: int, *args, **kwargs) -> tuple[jax.Array, KVCache]:
@@ -136,140 +120,146 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
         return dataclasses.replace(written, length=length)
 
     passes = -(-jnp.max(goal - cache.length) // chunk)
+    cache, passes = lax.optimization_barrier((cache, passes))
     return lax.while_loop(lambda cache: jnp.any(cache.length < goal), step, cache), passes
-
-
-def begin(rnd: Round, model: int, cache: KVCache, tree: TokenTree) -> Side:
-    """A model's side of a freshly planted tree: it has seen the trunk up to its length."""
-    position = rnd.position(tree)
-    seen = tree.valid & (position < cache.length[:, None])
-    return Side(cache=cache, slot=jnp.where(seen, position, -1), passes=jnp.int32(0))
 
 
 def evaluate(
     rnd: Round,
     model: int,
-    side: Side,
     tree: TokenTree,
+    cache: KVCache,
     nodes: jax.Array,
     rows: jax.Array,
     hit: jax.Array,
-) -> tuple[jax.Array, Side]:
+) -> tuple[jax.Array, jax.Array, KVCache]:
     """One forward pass over some nodes, each attending to the text and its own ancestors.
 
     Args:
       rnd: the round.
       model: index of the model.
-      side: the model's side.
       tree: the tree.
+      cache: the model's.
       nodes: ``[B, W]`` int32, ancestors already evaluated or among them.
       rows, hit: ``[B, N]`` int32 and bool, the place of each node among these, and whether it
         has one (:func:`ssd_jax.tree.rows_of_best`).
 
     Returns:
-      Logits ``[B, W, V]`` float32 and the model's new side.
+      Logits ``[B, W, V]`` float32, the slot of each node in the cache ``[B, N]`` int32, and the
+      written cache.
     """
     width = nodes.shape[1]
     base = jnp.max(rnd.length)  # scratch slots follow the longest row's text
-    first = base + side.passes * width
-    slot = jnp.where(hit, first + rows, side.slot)
-    lineage = _take(tree.ancestors, nodes[:, :, None], axis=1)
+    first = base + tree.passes(model) * width
+    slot = jnp.where(hit, first + rows, tree.slot(model))
+    lineage = trees.ancestors_of(tree, nodes)
     scratch = base + jnp.arange(rnd.capacities.scratch(model))
     block = jnp.any(lineage[:, :, None, :] & (slot[:, None, :] == scratch[:, None])[:, None], -1)
-    committed = jnp.arange(rnd.capacities.slots(model)) < side.cache.length[:, None, None]
+    committed = jnp.arange(rnd.capacities.slots(model)) < cache.length[:, None, None]
     committed = jnp.broadcast_to(committed, (*nodes.shape, committed.shape[2]))
     network = rnd.models[model]
-    position = jnp.clip(at(rnd.position(tree), nodes), 0, network.config.n_positions - 1)
+    position = jnp.clip(rnd.position(at(tree.depth, nodes)), 0, network.config.n_positions - 1)
     logits, cache = forward(
         rnd,
         model,
         at(tree.token, nodes),
         position,
         mask=lax.dynamic_update_slice_in_dim(committed, block, base, axis=2),
-        cache=side.cache,
+        cache=cache,
         offset=first,
     )
-    return logits, Side(cache, slot, side.passes + 1)
+    return logits, slot, cache
 
 
-def commit(rnd: Round, side: Side, path: jax.Array, known: jax.Array, length: jax.Array) -> KVCache:
-    """Keep what a model has evaluated of the newly committed text.
+def commit(
+    rnd: Round,
+    cache: KVCache,
+    slot: jax.Array,
+    path: jax.Array,
+    known: jax.Array,
+    length: jax.Array,
+) -> KVCache:
+    """Keep what a draft has evaluated of the newly committed text.
 
     Args:
       rnd: the round.
-      side: the model's side.
+      cache: the draft's cache.
+      slot: ``[B, N]`` int32, where each node lies in it, or -1.
       path: ``[B, K + D]`` int32, nodes of the trunk and of the accepted path, in order.
       known: ``[B]`` int32, how many of them are real.
       length: ``[B]`` int32, the new length of the text; its newest token stays the next root.
     """
-    behind = side.cache.length - (rnd.length - rnd.capacities.trunk)
+    behind = cache.length - (rnd.length - rnd.capacities.trunk)
     index = behind[:, None] + jnp.arange(path.shape[1])
-    slots = at(side.slot, at(path, index))
+    slots = at(slot, at(path, index))
     have = (index >= 0) & (index < known[:, None]) & (slots >= 0)
     place = jnp.arange(path.shape[1], dtype=jnp.int32)
     count = jnp.min(jnp.where(have, path.shape[1], place), axis=1)  # those before the first gap
-    count = jnp.clip(count, 0, jnp.maximum(length - 1 - side.cache.length, 0))
-    return keep(side.cache, jnp.maximum(slots, 0), count)
+    count = jnp.clip(count, 0, jnp.maximum(length - 1 - cache.length, 0))
+    return keep(cache, jnp.maximum(slots, 0), count)
 
 
 def grow(
-    rnd: Round, stage: int, tree: TokenTree, sides: tuple[Side, ...]
-) -> tuple[TokenTree, tuple[Side, ...]]:
+    rnd: Round, stage: int, tree: TokenTree, caches: tuple[KVCache, ...]
+) -> tuple[TokenTree, tuple[KVCache, ...]]:
     """Let a stage, with all the stages below it, grow the tree.
 
     Args:
       rnd: the round.
       stage: 1 for the first draft, and so on.
       tree: the tree.
-      sides: the drafts' sides, first draft first.
+      caches: the drafts', first draft first.
     """
     if stage == len(rnd.models):
-        return (tree if rnd.capacities.ngram is None else _grow_ngram(rnd, tree)), sides
+        return (tree if rnd.capacities.ngram is None else _grow_ngram(rnd, tree)), caches
     draft = stage - 1
     threshold = rnd.policy.threshold[draft]
-    begun = sides[draft].passes
+    begun = tree.passes(stage)
 
-    def worthwhile(tree, sides) -> jax.Array:
-        best = jnp.where(_open(rnd, stage, tree, sides[draft]), tree.value, -jnp.inf)
-        room = rnd.drafting & (sides[draft].passes < rnd.capacities.passes[stage])
-        room &= sides[draft].passes - begun < rnd.policy.rounds[draft]
+    def worthwhile(tree, caches) -> jax.Array:
+        best = jnp.where(_open(rnd, stage, tree, caches[draft]), tree.value, -jnp.inf)
+        made = tree.passes(stage)
+        room = (made < rnd.capacities.passes[stage]) & (made - begun < rnd.policy.rounds[draft])
         # An empty tree's best is minus infinity, which is no pass even at threshold 0.
         return jnp.any(room & (best >= threshold) & (best > -jnp.inf))
 
     def one_pass(carry):
-        _, tree, sides = carry
-        tree, side = _draft_pass(rnd, stage, tree, sides[draft])
-        return jnp.bool(False), tree, (*sides[:draft], side, *sides[draft + 1 :])
+        _, tree, caches = carry
+        tree, cache = _draft_pass(rnd, stage, tree, caches[draft])
+        return jnp.bool(False), tree, (*caches[:draft], cache, *caches[draft + 1 :])
 
     def one_round(carry):
-        _, tree, sides = carry
-        tree, sides = grow(rnd, stage + 1, tree, sides)
-        more = worthwhile(tree, sides)
+        _, tree, caches = carry
+        tree, caches = grow(rnd, stage + 1, tree, caches)
+        more = worthwhile(tree, caches)
         # A loop of at most one trip: a conditional would copy the cache, and leaving the lower
         # stages' last turn to after the loop would compile them twice.
-        _, tree, sides = lax.while_loop(lambda carry: carry[0], one_pass, (more, tree, sides))
-        return more, tree, sides
+        _, tree, caches = lax.while_loop(lambda carry: carry[0], one_pass, (more, tree, caches))
+        return more, tree, caches
 
-    carry = (jnp.bool(True), tree, sides)
-    _, tree, sides = lax.while_loop(lambda carry: carry[0], one_round, carry)
-    return tree, sides
+    carry = (rnd.drafting, tree, caches)
+    _, tree, caches = lax.while_loop(lambda carry: carry[0], one_round, carry)
+    return tree, caches
 
 
-def _open(rnd: Round, stage: int, tree: TokenTree, side: Side) -> jax.Array:
+def _open(rnd: Round, stage: int, tree: TokenTree, cache: KVCache) -> jax.Array:
     """``[B, N]`` bool: nodes a draft could usefully evaluate now. Closed under ancestors."""
-    in_reach = rnd.position(tree) < rnd.models[stage].config.n_positions
-    up_to_date = side.cache.length >= rnd.length - rnd.capacities.trunk
-    return rnd.growable(tree) & (side.slot < 0) & in_reach & up_to_date[:, None]
+    in_reach = rnd.position(tree.depth) < rnd.models[stage].config.n_positions
+    up_to_date = cache.length >= rnd.length - rnd.capacities.trunk
+    growable = tree.expanded != trees.CHILDLESS
+    return growable & (tree.slot(stage) < 0) & in_reach & up_to_date[:, None]
 
 
-def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[TokenTree, Side]:
+def _draft_pass(
+    rnd: Round, stage: int, tree: TokenTree, cache: KVCache
+) -> tuple[TokenTree, KVCache]:
     """One pass of a model draft: evaluate, re-value the children there are, add new ones."""
     draft = stage - 1
     width, branch = rnd.capacities.widths[stage], rnd.capacities.branches[draft]
-    wanted = (tree.value, _open(rnd, stage, tree, side), width, rnd.policy.width[stage])
+    wanted = (tree.value, _open(rnd, stage, tree, cache), width, rnd.policy.width[stage])
     nodes, found = trees.best_nodes(*wanted)
     row, hit = trees.rows_of_best(*wanted)
-    logits, side = evaluate(rnd, stage, side, tree, nodes, row, hit)
+    logits, slot, cache = evaluate(rnd, stage, tree, cache, nodes, row, hit)
     level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
     scored = scores(logits, rnd.noise, level, rnd.sampling)
     tau = rnd.tau(stage)[:, None, None]
@@ -286,8 +276,10 @@ def _draft_pass(rnd: Round, stage: int, tree: TokenTree, side: Side) -> tuple[To
     tree = _revalue(tree, row, hit, scored, tau, total)
     best = best / tau - total[:, :, None]
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
-    tree = _add_children(rnd, tree, nodes, token, jnp.where(allowed, best, -jnp.inf), stage)
-    return trees.mark_expanded(tree, hit, stage), side
+    log_prob = jnp.where(allowed, best, -jnp.inf)
+    tree = trees.insert(tree, _children(rnd, tree, nodes, token, log_prob, stage))
+    tree = trees.mark_evaluated(tree, stage, slot)
+    return trees.mark_expanded(tree, hit, stage), cache
 
 
 def _revalue(tree: TokenTree, row, hit, scored, tau, total) -> TokenTree:
@@ -304,16 +296,17 @@ def _revalue(tree: TokenTree, row, hit, scored, tau, total) -> TokenTree:
     return trees.revalue(tree, jnp.where(mine, fresh, tree.log_prob))
 
 
-def _add_children(
+def _children(
     rnd: Round, tree: TokenTree, nodes: jax.Array, token: jax.Array, log_prob: jax.Array, stage: int
-) -> TokenTree:
-    """Insert children ``[B, W, X]`` of ``nodes`` ``[B, W]``, those above the floor."""
+) -> jax.Array:
+    """Children ``[B, W, X]`` of ``nodes`` ``[B, W]``, those above the floor, to be inserted."""
     batch, _, each = token.shape
     path = at(tree.value, nodes)[:, :, None] + log_prob
     log_prob = jnp.where(path >= rnd.policy.floor, log_prob, -jnp.inf)
     parent = jnp.broadcast_to(nodes[:, :, None], token.shape)
     flat = (parent.reshape(batch, -1), token.reshape(batch, -1), log_prob.reshape(batch, -1))
-    return trees.insert(tree, *flat, stage)
+    depth = jnp.repeat(at(tree.depth, nodes), each, axis=1) + 1
+    return trees.children(tree, *flat, stage, rnd.growable(flat[1], depth))
 
 
 def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
@@ -322,17 +315,22 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
     width, branch, match = rnd.capacities.ngram
     stage = len(rnd.models)
 
-    def level(_, tree: TokenTree) -> TokenTree:
-        leaves = rnd.growable(tree) & (tree.expanded == trees.UNEXPANDED)
+    def level(carry):
+        left, tree = carry
+        leaves = tree.expanded == trees.UNEXPANDED
         best = (tree.value, leaves, width, rnd.policy.ngram_width)
         nodes, found = trees.best_nodes(*best)
         recent = _recent_tokens(rnd, tree, nodes, max(match, 2))
         token, log_prob = _propose(rnd, tree, nodes, recent, branch, match)
         log_prob = jnp.where(found[:, :, None], log_prob, -jnp.inf)
-        tree = _add_children(rnd, tree, nodes, token, log_prob, stage)
-        return trees.mark_expanded(tree, trees.rows_of_best(*best)[1], stage)
+        children = _children(rnd, tree, nodes, token, log_prob, stage)
+        # With all that is read of it behind a barrier, XLA writes the tree in place.
+        tree = trees.insert(tree, lax.optimization_barrier(children))
+        tree = trees.mark_expanded(tree, trees.among(nodes, found, tree.capacity), stage)
+        return left - 1, tree
 
-    return lax.fori_loop(0, jnp.where(rnd.drafting, rnd.policy.levels, 0), level, tree)
+    levels = jnp.where(rnd.drafting, rnd.policy.levels, 0)
+    return lax.while_loop(lambda carry: carry[0] > 0, level, (levels, tree))[1]
 
 
 def _recent_tokens(rnd: Round, tree: TokenTree, nodes: jax.Array, count: int) -> jax.Array:
@@ -363,11 +361,12 @@ def _propose(
     if match:
         token, log_prob = (x[:, :, None] for x in _look_up_text(rnd, recent[:, :, :match]))
         log_prob = _win_log_prob(rnd, level, token, log_prob)
-        for twin, other in listed:
-            # Where both propose a token, the first entry (the look-up's) carries the better
-            # value; the tree refuses the second.
-            same = jnp.where(twin == token, other, -jnp.inf)
-            log_prob = jnp.maximum(log_prob, jnp.max(same, axis=-1, keepdims=True))
+        for i, (other, value) in enumerate(listed):
+            # Where both propose a token, the look-up's entry carries the better value alone.
+            twin = (other == token) & (log_prob > -jnp.inf)
+            same = jnp.max(jnp.where(twin, value, -jnp.inf), axis=-1, keepdims=True)
+            log_prob = jnp.maximum(log_prob, same)
+            listed[i] = other, jnp.where(twin, -jnp.inf, value)
         listed.insert(0, (token, log_prob))
     token, log_prob = (jnp.concatenate(entries, -1) for entries in zip(*listed, strict=True))
     return token, log_prob

@@ -28,71 +28,84 @@ from jax import lax
 
 NO_PARENT = -1
 UNEXPANDED = 127
+CHILDLESS = -1
+_WORD = 32  # bits of an int32
+
+# The first rows of a tree's fields; a slot for each draft follows, then what children take over
+# from their parents: lineage, passes, count.
+_TOKEN, _PARENT, _DEPTH, _ORIGIN, _EXPANDED, _LOG_PROB, _VALUE, _SLOTS = range(8)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTree:
-    """Fields of nodes are ``[B, N]``. They lie in the rows of one array, since a GPU spends a
-    kernel on every array that a loop carries.
+    """All of a tree is one array, since a GPU spends a kernel or two on every array that a loop
+    carries. The names below are its rows, ``[B, N]`` each: a column is a node.
 
     Attributes:
-      fields: ``[B, 8, N]`` int32 rows ``token``, ``parent``, ``depth``, ``origin``, ``expanded``,
-        ``count``, and the bits of ``log_prob`` and ``value``.
-      ancestors: ``[B, N, N]`` bool, ``ancestors[b, i, j]``: node j is i or an ancestor of i.
+      fields: ``[B, R, N]`` int32.
+      drafts: how many models beside the oracle evaluate nodes; static.
     """
 
     fields: jax.Array
-    ancestors: jax.Array
-
-    @classmethod
-    def of(cls, ancestors: jax.Array, *whole: jax.Array, log_prob, value) -> TokenTree:
-        """A tree of its int32 rows in order, its float32 rows and its ancestors."""
-        real = (lax.bitcast_convert_type(row, jnp.int32) for row in (log_prob, value))
-        rows = [jnp.broadcast_to(row, log_prob.shape).astype(jnp.int32) for row in (*whole, *real)]
-        return cls(jnp.stack(rows, axis=1), ancestors)
+    drafts: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def token(self) -> jax.Array:
         """Token ids."""
-        return self.fields[:, 0]
+        return self.fields[:, _TOKEN]
 
     @property
     def parent(self) -> jax.Array:
         """Node index, ``NO_PARENT`` for trunk nodes."""
-        return self.fields[:, 1]
+        return self.fields[:, _PARENT]
 
     @property
     def depth(self) -> jax.Array:
         """0 at the root, negative in the trunk."""
-        return self.fields[:, 2]
+        return self.fields[:, _DEPTH]
 
     @property
     def origin(self) -> jax.Array:
         """The stage that proposed the node (0 is the oracle: the trunk)."""
-        return self.fields[:, 3]
+        return self.fields[:, _ORIGIN]
 
     @property
     def expanded(self) -> jax.Array:
         """Index of the best stage that gave the node its children so far, ``UNEXPANDED`` if none
-        did. Stages are numbered from the oracle, 0, downwards."""
-        return self.fields[:, 4]
+        did, ``CHILDLESS`` where none may, as in empty slots. Stages are numbered from the oracle,
+        0, downwards; the trunk is the oracle's."""
+        return self.fields[:, _EXPANDED]
 
     @property
     def log_prob(self) -> jax.Array:
         """Conditional log-probability given the parent; 0 in the trunk and minus infinity for
         empty slots."""
-        return lax.bitcast_convert_type(self.fields[:, 6], jnp.float32)
+        return lax.bitcast_convert_type(self.fields[:, _LOG_PROB], jnp.float32)
 
     @property
     def value(self) -> jax.Array:
         """Log-probability of the path; minus infinity for empty slots."""
-        return lax.bitcast_convert_type(self.fields[:, 7], jnp.float32)
+        return lax.bitcast_convert_type(self.fields[:, _VALUE], jnp.float32)
+
+    def slot(self, model: int) -> jax.Array:
+        """The slot of each node in the cache of a draft, -1 if it has not evaluated the node."""
+        return self.fields[:, _SLOTS + model - 1]
+
+    @property
+    def _lineage(self) -> slice:
+        """The rows of the bits of each node's ancestors and of the node itself."""
+        first = _SLOTS + self.drafts
+        return slice(first, first - (-self.capacity // _WORD))
+
+    def passes(self, model: int) -> jax.Array:
+        """int32, passes that a draft has made over this tree."""
+        return self.fields[0, self._lineage.stop + model - 1, 0]
 
     @property
     def count(self) -> jax.Array:
         """``[B]`` int32, slots in use."""
-        return self.fields[:, 5, 0]
+        return self.fields[:, -1, 0]
 
     @property
     def capacity(self) -> int:
@@ -103,8 +116,51 @@ class TokenTree:
         """``[B, N]`` bool: slots that hold a node."""
         return self.log_prob > -jnp.inf
 
+    @property
+    def ancestors(self) -> jax.Array:
+        """``[B, N, N]`` bool, ``ancestors[b, i, j]``: node j is i or an ancestor of i."""
+        return _bits(self.fields[:, self._lineage], self.capacity)
 
-def plant(trunk: jax.Array, length: jax.Array, capacity: int) -> TokenTree:
+
+def _bits(words: jax.Array, count: int) -> jax.Array:
+    """``[B, C, count]`` bool: the bits of ``words`` ``[B, L, C]``, lowest first."""
+    repeated = jnp.repeat(words, _WORD, axis=1)[:, :count]
+    return (repeated >> (jnp.arange(count) % _WORD)[:, None] & 1).astype(bool).swapaxes(1, 2)
+
+
+def _words(bits: jax.Array) -> jax.Array:
+    """``[B, L]`` int32: the bits ``[B, N]`` as words, the inverse of :func:`_bits`."""
+    padded = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % _WORD)))
+    place = jnp.int32(1) << jnp.arange(_WORD)
+    return jnp.sum(jnp.where(padded.reshape(len(bits), -1, _WORD), place, 0), axis=-1)
+
+
+def _lowest(count: jax.Array, words: int) -> jax.Array:
+    """``[..., words, C]`` int32 with the lowest ``count`` ``[..., C]`` bits set."""
+    here = count[..., None, :] - _WORD * jnp.arange(words)[:, None]
+    some = (jnp.int32(1) << jnp.clip(here, 0, _WORD - 1)) - 1
+    return jnp.where(here >= _WORD, -1, some)
+
+
+def _rows(*fields: jax.Array | int, shape: tuple[int, ...]) -> list[jax.Array]:
+    """Rows ``[B, 1, C]`` int32 of ``fields``, each broadcast to ``shape``; of float32 the bits."""
+
+    def row(field) -> jax.Array:
+        field = jnp.asarray(field)
+        if field.dtype == jnp.float32:
+            field = lax.bitcast_convert_type(field, jnp.int32)
+        return jnp.broadcast_to(field, shape).astype(jnp.int32)[:, None]
+
+    return [row(field) for field in fields]
+
+
+def plant(
+    trunk: jax.Array,
+    length: jax.Array,
+    capacity: int,
+    growable: jax.Array | bool = True,
+    cached: tuple[jax.Array, ...] = (),
+) -> TokenTree:
     """A tree that holds only its trunk.
 
     Args:
@@ -112,25 +168,32 @@ def plant(trunk: jax.Array, length: jax.Array, capacity: int) -> TokenTree:
       length: ``[B]`` int32, committed tokens; the trunk's slots before the text's start are
         empty.
       capacity: N, at least K.
+      growable: ``[B, K]`` bool, which of them may have children. The root alone has none yet.
+      cached: ``[B]`` int32 for each draft, how many committed tokens are in its cache.
     """
     batch, size = trunk.shape
     node = jnp.arange(capacity)
-    depth = jnp.broadcast_to(node - (size - 1), (batch, capacity))
+    depth = jnp.where(node < size, node - (size - 1), 0)
     real = (node < size) & (depth + length[:, None] > 0)
-    chain = (node[:, None] >= node[None, :]) & real[:, None, :] & real[:, :, None]
-    empty = jnp.where(real, 0.0, -jnp.inf)
-    return TokenTree.of(
-        chain,
-        jnp.pad(trunk, ((0, 0), (0, capacity - size))),
-        jnp.int32(NO_PARENT),
-        jnp.where(node < size, depth, 0),
-        jnp.int32(0),
-        # Only the root may be given children; the rest of the trunk has its only one.
-        jnp.where(node < size - 1, -1, UNEXPANDED),
-        jnp.int32(size),
-        log_prob=empty,
-        value=empty,
+    position = length[:, None] - 1 + depth
+    spare = (0, 0), (0, capacity - size)
+    growable = jnp.pad(jnp.broadcast_to(growable, trunk.shape), spare) & real
+    words = -(-capacity // _WORD)
+    first = jnp.maximum(size - length, 0)
+    chain = _lowest(node + 1, words) & ~_lowest(first[:, None], words)
+    rows = _rows(
+        jnp.pad(trunk, spare),
+        NO_PARENT,
+        depth,
+        0,
+        jnp.where(growable, jnp.where(node < size - 1, 0, UNEXPANDED), CHILDLESS),
+        *(2 * [jnp.where(real, 0.0, -jnp.inf)]),
+        *(jnp.where(real & (position < own[:, None]), position, -1) for own in cached),
+        shape=(batch, capacity),
     )
+    rows += [jnp.where(real[:, None], chain, 0)]
+    rows += _rows(*(len(cached) * [0]), size, shape=(batch, capacity))
+    return TokenTree(jnp.concatenate(rows, axis=1), len(cached))
 
 
 def at(field: jax.Array, nodes: jax.Array) -> jax.Array:
@@ -146,12 +209,14 @@ def revalue(tree: TokenTree, log_prob: jax.Array) -> TokenTree:
     Taking the minimum along the path makes the order exact: a child's sum may round above its
     parent's when the two reductions associate differently.
     """
-    terms = jnp.where(tree.ancestors, log_prob[:, None, :], 0.0)
+    ancestors = tree.ancestors
+    terms = jnp.where(ancestors, log_prob[:, None, :], 0.0)
     sums = jnp.where(tree.valid, jnp.sum(terms, axis=-1), -jnp.inf)
-    lowest = jnp.min(jnp.where(tree.ancestors, sums[:, None, :], jnp.inf), axis=-1)
+    lowest = jnp.min(jnp.where(ancestors, sums[:, None, :], jnp.inf), axis=-1)
     value = jnp.where(tree.valid, lowest, -jnp.inf)
-    whole = (tree.fields[:, row] for row in range(6))
-    return TokenTree.of(tree.ancestors, *whole, log_prob=log_prob, value=value)
+    rows = _rows(log_prob, value, shape=value.shape)
+    before, after = tree.fields[:, :_LOG_PROB], tree.fields[:, _SLOTS:]
+    return dataclasses.replace(tree, fields=jnp.concatenate([before, *rows, after], axis=1))
 
 
 def _rank(value: jax.Array, eligible: jax.Array) -> jax.Array:
@@ -201,68 +266,105 @@ def rows_of_best(
     return jnp.where(hit, rank, 0), hit
 
 
+def among(nodes: jax.Array, found: jax.Array, capacity: int) -> jax.Array:
+    """``[B, N]`` bool: the inverse of :func:`best_nodes`, which nodes were selected."""
+    return jnp.any((nodes[:, :, None] == jnp.arange(capacity)) & found[:, :, None], axis=1)
+
+
+def ancestors_of(tree: TokenTree, nodes: jax.Array) -> jax.Array:
+    """``[B, W, N]`` bool: the rows of ``tree.ancestors`` for some ``nodes`` ``[B, W]``."""
+    return _bits(_columns(tree.fields[:, tree._lineage], nodes), tree.capacity)
+
+
 def lineage_among(tree: TokenTree, nodes: jax.Array) -> jax.Array:
     """``[B, W, W]`` bool: of some ``nodes`` ``[B, W]``, is the second the first or above it."""
-    row = jnp.take_along_axis(tree.ancestors, nodes[:, :, None], 1, mode="promise_in_bounds")
-    return jnp.take_along_axis(row, nodes[:, None, :], 2, mode="promise_in_bounds")
+    return _columns(ancestors_of(tree, nodes), nodes)
 
 
-def insert(
-    tree: TokenTree, parent: jax.Array, token: jax.Array, log_prob: jax.Array, stage: int
-) -> TokenTree:
-    """Add children. Duplicates, minus-infinite ones and those that no longer fit are refused.
+def _columns(rows: jax.Array, nodes: jax.Array) -> jax.Array:
+    """``rows[b, :, nodes[b]]`` for ``rows`` ``[B, R, N]`` and ``nodes`` ``[B, C]`` in range."""
+    return jnp.take_along_axis(rows, nodes[:, None, :], axis=2, mode="promise_in_bounds")
+
+
+def children(
+    tree: TokenTree,
+    parent: jax.Array,
+    token: jax.Array,
+    log_prob: jax.Array,
+    stage: int,
+    growable: jax.Array | bool = True,
+) -> jax.Array:
+    """Candidates for :func:`insert`.
 
     Args:
-      tree: the tree so far.
+      tree: the tree.
       parent: ``[B, C]`` int32 node index.
-      token: ``[B, C]`` int32.
+      token: ``[B, C]`` int32; no two candidates share both parent and token.
       log_prob: ``[B, C]`` float32 conditional log-probability; minus infinity: no candidate.
       stage: index of the proposing stage.
+      growable: ``[B, C]`` bool, whether the child may have children in turn.
+
+    Returns:
+      ``[B, R, C]`` int32, a column as in ``tree.fields`` for each; of itself its lineage lacks
+      the node that it will be.
     """
-    count = parent.shape[1]
-    wanted = log_prob > -jnp.inf
-    known = (
-        (tree.parent[:, None, :] == parent[:, :, None])
-        & (tree.token[:, None, :] == token[:, :, None])
-        & tree.valid[:, None, :]
-    )
-    twin = (parent[:, None, :] == parent[:, :, None]) & (token[:, None, :] == token[:, :, None])
-    earlier = jnp.tri(count, k=-1, dtype=bool) & wanted[:, None, :]
-    fresh = wanted & ~jnp.any(known, axis=-1) & ~jnp.any(twin & earlier, axis=-1)
-
-    slot = tree.count[:, None] + jnp.cumsum(fresh, axis=1) - 1
-    node = jnp.arange(tree.capacity)
-    lands = (fresh & (slot < tree.capacity))[:, None, :] & (slot[:, None, :] == node[:, None])
-    new = jnp.any(lands, axis=-1)
-    source = jnp.sum(jnp.where(lands, jnp.arange(count), 0), axis=-1)
-
-    def put(field: jax.Array, candidate: jax.Array) -> jax.Array:
-        return jnp.where(new, at(candidate, source), field)
-
-    parents = put(tree.parent, parent)
-    above = jnp.clip(parents, 0)[:, :, None]
-    lineage = jnp.take_along_axis(tree.ancestors, above, axis=1, mode="promise_in_bounds")
-    lineage |= jnp.eye(tree.capacity, dtype=bool)
     # No child's sum exceeds its parent's value: log-probabilities are at most 0.
     value = at(tree.value, parent) + jnp.minimum(log_prob, 0.0)
-    return TokenTree.of(
-        jnp.where(new[:, :, None], lineage, tree.ancestors),
-        put(tree.token, token),
-        parents,
-        jnp.where(new, at(tree.depth, parents) + 1, tree.depth),
-        jnp.where(new, stage, tree.origin),
-        tree.expanded,
-        jnp.minimum(slot[:, -1:] + 1, tree.capacity),
-        log_prob=put(tree.log_prob, log_prob),
-        value=put(tree.value, value),
-    )
+    depth = at(tree.depth, parent) + 1
+    expanded, unseen = jnp.where(growable, UNEXPANDED, CHILDLESS), tree.drafts * [-1]
+    own = _rows(token, parent, depth, stage, expanded, log_prob, value, *unseen, shape=parent.shape)
+    inherited = _columns(tree.fields[:, tree._lineage.start :], parent)
+    return jnp.concatenate([*own, inherited], axis=1)
+
+
+def insert(tree: TokenTree, children: jax.Array) -> TokenTree:
+    """Add ``children`` ``[B, R, C]``. Those that the tree has, impossible ones and those that no
+    longer fit are refused."""
+    parent, token, count = children[:, _PARENT], children[:, _TOKEN], children[:, -1, :1]
+    log_prob = lax.bitcast_convert_type(children[:, _LOG_PROB], jnp.float32)
+    same_parent = tree.parent[:, None] == parent[:, :, None]
+    known = same_parent & (tree.token[:, None] == token[:, :, None]) & tree.valid[:, None]
+    refused = jnp.any(known | (log_prob == -jnp.inf)[:, :, None], axis=-1)
+    ordinal = jnp.cumsum(~refused, axis=1)
+    node = jnp.arange(tree.capacity)
+    # The n-th node takes the candidate that n minus count accepted ones precede.
+    before = node - count
+    source = jnp.sum(ordinal[:, :, None] <= before[:, None, :], axis=1)
+    new = ((before >= 0) & (before < ordinal[:, -1:]))[:, None]
+
+    row = jnp.arange(tree.fields.shape[1])[:, None]
+    itself = (row - tree._lineage.start == node // _WORD) & (row < tree._lineage.stop)
+    born = _columns(children, jnp.minimum(source, parent.shape[1] - 1))
+    born |= jnp.where(itself, jnp.int32(1) << node % _WORD, 0)
+    fields = jnp.where(new, born, tree.fields)
+    count = jnp.minimum(count + ordinal[:, -1:], tree.capacity)[:, None]
+    return dataclasses.replace(tree, fields=jnp.where(row == row[-1], count, fields))
 
 
 def mark_expanded(tree: TokenTree, hit: jax.Array, stage: int) -> TokenTree:
     """Record that ``stage`` gave the nodes in ``hit`` ``[B, N]`` their children."""
-    row = jnp.arange(tree.fields.shape[1])[:, None] == 4
-    marked = jnp.where(hit[:, None] & row, jnp.minimum(tree.fields, stage), tree.fields)
+    row = jnp.arange(tree.fields.shape[1])[:, None]
+    marked = jnp.minimum(tree.fields, stage)
+    marked = jnp.where(hit[:, None] & (row == _EXPANDED), marked, tree.fields)
     return dataclasses.replace(tree, fields=marked)
+
+
+def mark_evaluated(tree: TokenTree, model: int, slot: jax.Array) -> TokenTree:
+    """Record that a draft made a pass, after which its cache has the nodes in ``slot`` ``[B, N]``
+    (-1 for those it has not evaluated)."""
+    row = jnp.arange(tree.fields.shape[1])[:, None]
+    fields = jnp.where(row == _SLOTS + model - 1, slot[:, None], tree.fields)
+    fields += (row == tree._lineage.stop + model - 1).astype(jnp.int32)
+    return dataclasses.replace(tree, fields=fields)
+
+
+def unevaluated(tree: TokenTree) -> TokenTree:
+    """The tree as if no draft had made a pass over it, nor seen its trunk."""
+    row = jnp.arange(tree.fields.shape[1])[:, None]
+    slots = (row >= _SLOTS) & (row < tree._lineage.start)
+    passes = (row >= tree._lineage.stop) & (row < row[-1])
+    fields = jnp.where(slots, -1, jnp.where(passes, 0, tree.fields))
+    return dataclasses.replace(tree, fields=fields)
 
 
 def accepted_path(
@@ -282,8 +384,8 @@ def accepted_path(
       and ``[B]`` int32, how many nodes below the root are on it.
     """
     agrees = evaluated & at(evaluated, tree.parent) & (tree.token == at(chosen, tree.parent))
-    broken = tree.ancestors & ~(agrees | (tree.depth <= 0))[:, None, :]
-    accepted = tree.valid & (tree.depth > 0) & ~jnp.any(broken, axis=-1)
+    broken = _words(~agrees & (tree.depth > 0))[:, :, None] & tree.fields[:, tree._lineage]
+    accepted = tree.valid & (tree.depth > 0) & jnp.all(broken == 0, axis=1)
     node = jnp.arange(tree.capacity)
     level = jnp.arange(1, depth + 1)
     hit = accepted[:, None, :] & (tree.depth[:, None, :] == level[:, None])

@@ -10,7 +10,12 @@ from ssd_jax import tree as trees
 
 INF = np.inf
 
-insert = jax.jit(trees.insert)
+
+@jax.jit
+def insert(tree, *candidates):
+    return trees.insert(tree, trees.children(tree, *candidates))
+
+
 revalue = jax.jit(trees.revalue)
 best_nodes = jax.jit(trees.best_nodes, static_argnames="width")
 accepted_path = jax.jit(trees.accepted_path, static_argnames=("root", "depth"))
@@ -66,17 +71,17 @@ def test_short_text_leaves_trunk_slots_empty():
     assert tree.ancestors[0, 2].tolist() == [False, False, True, False, False]
 
 
-def test_insert_refuses_duplicates_impossible_and_overflowing_children():
+def test_insert_refuses_known_impossible_and_overflowing_children():
     tree = drawn_tree()
     grown = insert(
         tree,
-        jnp.asarray([[2, 2, 4, 4, 5, 5]]),
-        jnp.asarray([[20, 30, 31, 31, 32, 33]]),
-        jnp.asarray([[-0.1, -INF, -0.2, -0.3, -0.4, -0.5]]),
+        jnp.asarray([[2, 2, 4, 5, 5]]),
+        jnp.asarray([[20, 30, 31, 32, 33]]),
+        jnp.asarray([[-0.1, -INF, -0.2, -0.4, -0.5]]),
         3,
     )
-    # (2, 20) exists, (2, 30) is impossible, the second (4, 31) is a twin; (4, 31) and (5, 32)
-    # fill the tree, (5, 33) no longer fits.
+    # (2, 20) exists, (2, 30) is impossible, (4, 31) and (5, 32) fill the tree, (5, 33) no longer
+    # fits.
     assert grown.token[0].tolist() == [10, 11, 12, 20, 21, 22, 31, 32]
     assert grown.parent[0, 6:].tolist() == [4, 5]
     assert int(grown.count[0]) == 8
@@ -106,7 +111,7 @@ def test_accepted_path_of_the_drawn_tree():
 
 @st.composite
 def random_growth(draw):
-    """A few insertions of arbitrary candidates into a tree with a trunk of two."""
+    """A few insertions of arbitrary distinct candidates into a tree with a trunk of two."""
     capacity = draw(st.sampled_from([3, 8, 14]))
     rounds = draw(st.lists(st.integers(0, 2**31), min_size=1, max_size=4))
     return capacity, rounds
@@ -117,8 +122,8 @@ def grow_randomly(capacity, seeds):
     for stage, seed in enumerate(seeds, start=1):
         rng = np.random.default_rng(seed)
         count = int(tree.count[0])
-        parent = rng.integers(1, count, (1, 6))
-        token = rng.integers(0, 4, (1, 6))
+        pairs = rng.permutation(6 * (count - 1))[None, :6]
+        parent, token = 1 + pairs // 6, pairs % 6
         log_prob = rng.choice([-INF, 0.0, -1e-7, -0.3, -2.0, -40.0], (1, 6)).astype(np.float32)
         tree = insert(
             tree,
@@ -171,7 +176,7 @@ def test_accepted_path_equals_a_walk(growth, seed):
     rng = np.random.default_rng(seed)
     evaluated = np.asarray(tree.valid[0]) & (rng.random(tree.capacity) < 0.9)
     evaluated[1] = True
-    chosen = rng.integers(0, 4, tree.capacity)
+    chosen = rng.integers(0, 6, tree.capacity)
     path, count = accepted_path(
         tree, jnp.asarray(evaluated)[None], jnp.asarray(chosen, jnp.int32)[None], 1, 6
     )

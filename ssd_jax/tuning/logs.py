@@ -177,24 +177,20 @@ def _below(models, tables, sampling, policy, state, length, capacities):
     """
     state = dataclasses.replace(state, length=length)
     rnd = engine.new_round(models, tables, state, sampling, policy, capacities)
-    caches = [
+    caches = tuple(
         dataclasses.replace(cache, length=jnp.minimum(length - 1, model.config.n_positions))
         for cache, model in zip(state.caches[1:], models[1:], strict=True)
-    ]
-    tree = trees.plant(engine.trunk_tokens(rnd), length, capacities.nodes)
-
-    def fresh_sides():
-        return tuple(stages.begin(rnd, i, cache, tree) for i, cache in enumerate(caches, 1))
-
-    tree, _ = stages.grow(rnd, 1, tree, fresh_sides())
+    )
+    tree, _ = stages.grow(rnd, 1, engine.plant(rnd, caches), caches)
+    tree = trees.unevaluated(tree)
     root = capacities.trunk - 1
     nodes = jnp.arange(root, capacities.nodes)[None]
     rows = jnp.arange(capacities.nodes)[None] - root
     hit = tree.valid & (rows >= 0)
     level = jnp.clip(at(tree.depth, nodes), 0, capacities.depth)
     listed_tokens, listed_logs = [], []
-    for model, side in enumerate(fresh_sides(), 1):
-        logits, _ = stages.evaluate(rnd, model, side, tree, nodes, rows, hit)
+    for model, cache in enumerate(caches, 1):
+        logits, *_ = stages.evaluate(rnd, model, tree, cache, nodes, rows, hit)
         scored = scores(logits, rnd.noise, level, sampling)
         log_prob = jax.nn.log_softmax(scored / rnd.tau(model)[:, None, None], axis=-1)
         best, token = lax.top_k(log_prob[0], min(LISTED, log_prob.shape[-1]))
