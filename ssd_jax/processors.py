@@ -207,8 +207,10 @@ def _is_list(value: Any) -> bool:
 
 
 def _sequences(value: Any, vocab_size: int | None) -> list[list[int]]:
+    if value is not None and not _is_list(value):
+        raise SamplingError(f"bad_words_ids must be lists of token sequences, not {value!r}")
     found = []
-    for sequence in value or ():
+    for sequence in () if value is None else value:
         if not _is_list(sequence) or not (sequence := list(sequence)):
             raise SamplingError(
                 f"bad_words_ids must hold non-empty token sequences, not {sequence!r}"

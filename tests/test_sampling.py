@@ -86,9 +86,9 @@ def test_noise_is_drawn_once_for_each_position():
         positions = np.asarray(first)[:, None] + np.arange(4)
         expected = np.asarray(gumbel_noise(draw, jnp.asarray(positions), VOCAB))
         for row in (0, 2):
-            np.testing.assert_array_equal(
-                noise.values[row, positions[row] % 4], expected[row], f"{first}, row {row}"
-            )
+            for found in (noise, noise._draw_all(draw, jnp.asarray(first))):
+                got = found.values[row, positions[row] % 4]
+                np.testing.assert_array_equal(got, expected[row], f"{first}, row {row}")
     greedy = draw_of(temperature=0.0, min_new_tokens=1)
     nothing = Noise.undrawn(1, 4, VOCAB)
     np.testing.assert_array_equal(further(nothing, greedy, jnp.asarray([9])).values, 0)
