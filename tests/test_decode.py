@@ -326,15 +326,9 @@ def test_three_traces_serve_prompts_policies_and_all_options():
 
     def traces(prompt, policy, **options) -> tuple[int, ...]:
         state = first_state(models, [prompt], [len(prompt) + 5], (), capacities)
-        engine.decode(
-            models,
-            stack.tables,
-            state,
-            Sampling.create(1, **options),
-            policy,
-            state.limit + 0,
-            capacities=capacities,
-        )
+        sampling = Sampling.create(1, **options)
+        arguments = (models, stack.tables, state, sampling, policy, state.limit + 0)
+        engine.decode.trace(*arguments, capacities=capacities)
         return tuple(m.traces for m in models)
 
     prompts, kinds = [[1, 2, 3], [4] * 20, [9, 8], [9]], policies(1)
@@ -374,6 +368,7 @@ def lowered(stack, batch, place=lambda tree: tree):
         state.limit,
     )
     caches = {x.shape for c in state.caches for x in (*c.keys, *c.values)}
+    caches.add((batch, plan.depth + 1, toys.VOCAB))  # the noise, which is kept as well
     return engine.decode.lower(*place(arguments), capacities=capacities), caches
 
 
