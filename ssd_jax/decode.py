@@ -22,7 +22,8 @@ from ssd_jax.kv_cache import KVCache, settle
 from ssd_jax.ngram import NGramTables
 from ssd_jax.pacing import Pace, after_round, best_width
 from ssd_jax.plan import Capacities, Policy
-from ssd_jax.sampling import Sampling, choose, gumbel_noise
+from ssd_jax.processors import History
+from ssd_jax.sampling import Noise, Sampling, choose
 from ssd_jax.stages import Round
 from ssd_jax.tree import TokenTree, at
 
@@ -77,6 +78,7 @@ class DecodeState:
     Attributes:
       text: ``[B, S']`` int32, prompt and continuation; committed below ``length``.
       length: ``[B]`` int32. The newest committed token is in no model's cache.
+      start: ``[B]`` int32, the length of the prompt.
       limit: ``[B]`` int32, the length at which a row must end.
       eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
       finish: ``[B]`` int32, ``RUNNING``, ``ENDED`` (by an end-of-text token) or ``LIMITED``.
@@ -88,6 +90,7 @@ class DecodeState:
 
     text: jax.Array
     length: jax.Array
+    start: jax.Array
     limit: jax.Array
     eos: jax.Array
     finish: jax.Array
@@ -121,6 +124,7 @@ def init_state(
     host: Any = dict(
         text=np.pad(text, ((0, 0), (0, buffer[1] - text.shape[1]))),
         length=length,
+        start=length.copy(),
         limit=limit,
         eos=eos,
         finish=np.where(length < limit, RUNNING, LIMITED).astype(np.int32),
@@ -166,11 +170,15 @@ def decode(
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.any((state.finish == RUNNING) & (state.length < yield_at))
 
-    def step(state: DecodeState) -> DecodeState:
-        return speculative_step(models, tables, state, sampling, policy, capacities)[0]
+    def step(carry):
+        state, noise = carry
+        noise = noise_ahead(models, state, sampling, capacities, noise)
+        state, *_ = speculative_step(models, tables, state, sampling, policy, capacities, noise)
+        return state, noise
 
     state = prefill(models, tables, state, sampling, policy, capacities)
-    state = lax.while_loop(unfinished, step, state)
+    noise = noise_ahead(models, state, sampling, capacities)
+    state, _ = lax.while_loop(lambda carry: unfinished(carry[0]), step, (state, noise))
     return dataclasses.replace(state, caches=(settle(state.caches[0]), *state.caches[1:]))
 
 
@@ -201,15 +209,17 @@ def speculative_step(
     sampling: Sampling,
     policy: Policy,
     capacities: Capacities,
+    noise: Noise | None = None,
 ) -> tuple[DecodeState, TokenTree, Verdict]:
     """One round: catch up, draft a tree, verify it, commit the accepted path.
 
-    Arguments as for :func:`decode`; can be called on its own, after :func:`prefill`.
+    Arguments as for :func:`decode`; can be called on its own, after :func:`prefill`. The noise of
+    the positions ahead is drawn if not given.
 
     Returns:
       The new state, the tree that was drafted, and what became of it.
     """
-    rnd = new_round(models, tables, state, sampling, policy, capacities)
+    rnd = new_round(models, tables, state, sampling, policy, capacities, noise)
     caches, caught_up = _catch_up(rnd, state)
     tree, drafts = stages.grow(rnd, 1, plant(rnd, caches[1:]), caches[1:])
     verdict, oracle = _verify(rnd, tree, caches[0], state.pace)
@@ -224,33 +234,47 @@ def new_round(
     sampling: Sampling,
     policy: Policy,
     capacities: Capacities,
+    noise: Noise | None = None,
 ) -> Round:
-    """What the stages look at in the round that follows ``state``."""
-    positions = state.length[:, None] + jnp.arange(capacities.depth + 1)
-    vocab = models[0].config.vocab_size
-
-    def root_alone() -> jax.Array:
-        noise = gumbel_noise(sampling, positions[:, :1], vocab)
-        return jnp.pad(noise, ((0, 0), (0, capacities.depth), (0, 0)))
-
+    """What the stages look at in the round that follows ``state``. Noise is drawn if not given."""
+    history = None
+    if sampling.processors is not None:
+        vocab = models[0].config.vocab_size
+        text = (state.text, state.start, state.length)
+        history = History.of(sampling.processors, *text, vocab_size=vocab)
     return Round(
         models=models,
         tables=tables,
         text=state.text,
         length=state.length,
+        start=state.start,
         limit=state.limit,
         active=state.finish == RUNNING,
         drafting=state.pace.drafting,
         eos=state.eos,
-        noise=lax.cond(
-            state.pace.drafting,
-            lambda: gumbel_noise(sampling, positions, vocab),
-            root_alone,
-        ),
+        noise=noise or noise_ahead(models, state, sampling, capacities),
+        history=history,
         sampling=sampling,
         policy=policy,
         capacities=capacities,
     )
+
+
+def noise_ahead(
+    models: tuple[Any, ...],
+    state: DecodeState,
+    sampling: Sampling,
+    capacities: Capacities,
+    noise: Noise | None = None,
+) -> Noise | None:
+    """The noise of every position that the next round may fill, going on from that of the last;
+    ``None`` if all rows are greedy."""
+    if sampling.draw is None:
+        return None
+    if noise is None:
+        vocab = models[0].config.vocab_size
+        noise = Noise.undrawn(state.length.shape[0], capacities.depth + 1, vocab)
+    return noise.drawn(sampling.draw, state.length)
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
@@ -338,8 +362,8 @@ def _decide(
         logits, cache = _evaluate_root(rnd, cache)
     else:
         logits, cache = _evaluate_tree(rnd, tree, cache, nodes, found)
-    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
-    return *choose(logits, rnd.noise, level, rnd.sampling), cache
+    logits = stages.processed(rnd, tree, nodes, logits)
+    return *choose(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw), cache
 
 
 def _decide_any(

@@ -1,9 +1,13 @@
 """The decode as a pure function: which token follows, given logits, position and seed.
 
-``choose(warp(logits_t) + noise_t)``: greedy rows take the arg-max of their logits, sampled
-rows the arg-max of their warped logits plus Gumbel noise, which is an exact draw from the
-warped distribution (the Gumbel-max trick). The noise depends on (seed, absolute position,
-token id) alone, so the text does not depend on what was drafted, nor on batching or chunking.
+A greedy row takes the arg-max of its logits, a row that samples the arg-max of its warped logits
+plus Gumbel noise, which is an exact draw from the warped distribution (the Gumbel-max trick). The
+noise depends on (seed, absolute position, token id) alone, so the text does not depend on what
+was drafted, nor on batching or chunking.
+
+Options have the names, senses and order of ``transformers``: first the logit processors
+(:mod:`ssd_jax.processors`), greedy rows included; then, where a row samples, temperature, top-k,
+top-p, min-p and typical-p, each applied to what the one before left.
 
 Seed contract: the noise of token ``v`` at position ``t`` is made from the first output word of
 ``threefry2x32`` (Salmon et al. 2011, 20 rounds) with key ``seed`` and counter ``(t, v)``.
@@ -13,8 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +27,57 @@ import numpy as np
 from jax import lax
 
 from ssd_jax.errors import SamplingError
+from ssd_jax.processors import Processors, per_row, real
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How each batch row chooses its tokens; every field is traced.
+class Draw:
+    """How the rows of a batch draw their tokens; every field is traced.
+
+    Greedy rows have the values that exclude nothing.
 
     Attributes:
       temperature: ``[B]`` float32; 0 is greedy.
-      top_k: ``[B]`` int32; the vocabulary size (or more) turns it off.
-      top_p: ``[B]`` float32 in (0, 1]; 1 turns it off.
+      top_k: ``[B]`` float32; infinity excludes nothing.
+      top_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing.
+      min_p: ``[B]`` float32 in [0, 1]; 0 excludes nothing.
+      typical_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing. ``None`` where processors are.
       seed: ``[B, 2]`` uint32, the two key words of the noise.
     """
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
+    min_p: jax.Array
+    typical_p: jax.Array | None
     seed: jax.Array
+
+    @property
+    def sampled(self) -> jax.Array:
+        """``[B]`` bool: rows that are not greedy."""
+        return self.temperature > 0
+
+    def scale(self, logits: jax.Array) -> jax.Array:
+        """Logits ``[B, W, V]`` over temperature; those of greedy rows as they are."""
+        return logits / jnp.where(self.sampled, self.temperature, 1.0)[:, None, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How each batch row chooses its tokens.
+
+    What is ``None`` is not in the compiled program. There are three such programs: neither field;
+    ``draw`` alone; and both. Values of options, and which of them are on, are traced.
+
+    Attributes:
+      draw: ``None`` if every row is greedy and without processors.
+      processors: ``None`` if no row has any.
+    """
+
+    draw: Draw | None
+    processors: Processors | None
 
     @classmethod
     def create(
@@ -49,64 +87,95 @@ class Sampling:
         temperature: float | Sequence[float] = 0.0,
         top_k: int | None | Sequence[int | None] = None,
         top_p: float | None | Sequence[float | None] = None,
+        min_p: float | None | Sequence[float | None] = None,
+        typical_p: float | None | Sequence[float | None] = None,
         seed: int | Sequence[int] = 0,
+        vocab_size: int | None = None,
+        **processors: Any,
     ) -> Sampling:
         """Validate user options; each is one value, or one for each row.
 
+        Args:
+          batch: B, rows.
+          temperature: 0 is greedy.
+          top_k: keep the k most probable tokens, and those that tie with the last; 0 or ``None``
+            keeps all.
+          top_p: keep the fewest most probable tokens that make up this mass.
+          min_p: keep tokens at least this share as probable as the most probable one.
+          typical_p: keep the fewest tokens that make up this mass, those first whose surprise is
+            nearest to the entropy (Meister et al. 2022).
+          seed: 0 to 2**64 - 1.
+          vocab_size: if given, processors' token ids beyond it are refused.
+          processors: options of :meth:`ssd_jax.processors.Processors.create`.
+
         Raises:
-          SamplingError: an option lies outside its range.
+          SamplingError: an option is unknown or lies outside its range.
         """
-        rows = [
-            _check_row(*row)
-            for row in zip(
-                _per_row(temperature, batch, "temperature"),
-                _per_row(top_k, batch, "top_k"),
-                _per_row(top_p, batch, "top_p"),
-                _per_row(seed, batch, "seed"),
-                strict=True,
-            )
-        ]
-        temperatures, ks, ps, seeds = zip(*rows, strict=True)
+        checks = {
+            "temperature": (temperature, _temperature),
+            "top_k": (top_k, _top_k),
+            "top_p": (top_p, _mass),
+            "min_p": (min_p, _min_p),
+            "typical_p": (typical_p, _mass),
+            "seed": (seed, _seed),
+        }
         # Made on the host: JAX would compile a conversion for each.
-        fields: dict[str, Any] = dict(
-            temperature=np.array(temperatures, np.float32),
-            top_k=np.array(ks, np.int32),
-            top_p=np.array(ps, np.float32),
-            seed=np.array([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
+        fields: dict[str, Any] = {
+            name: np.stack([check(name, value) for value in per_row(values, batch, name)])
+            for name, (values, check) in checks.items()
+        }
+        for name, neutral in _NEUTRAL.items():
+            fields[name][fields["temperature"] == 0] = neutral
+        typical = (fields["typical_p"] < 1).any()
+        processed = Processors.create(
+            batch, vocab_size=vocab_size, always=bool(typical), **processors
         )
-        return cls(**jax.device_put(fields))
+        if processed is None:
+            if not fields["temperature"].any():
+                return cls(None, None)
+            fields["typical_p"] = None
+        return cls(jax.device_put(Draw(**fields)), processed)
 
 
-def _per_row(value, batch: int, name: str) -> list:
-    if isinstance(value, Sequence):
-        if len(value) != batch:
-            raise SamplingError(
-                f"{name} has {len(value)} entries for {batch} prompts; give one each"
-            )
-        return list(value)
-    return [value] * batch
+_NEUTRAL = {"top_k": np.inf, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 
 
-def _check_row(temperature, top_k, top_p, seed) -> tuple[float, int, float, int]:
-    """One row's options with their neutral values filled in."""
-    off = np.iinfo(np.int32).max
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float | np.number):
-        raise SamplingError(f"temperature must be a number, not {temperature!r}")
-    if not math.isfinite(temperature) or temperature < 0:
-        raise SamplingError(
-            f"temperature must be 0 (greedy) or a positive finite number, not {temperature}"
-        )
-    if 0 < temperature < 1e-4:
-        raise SamplingError(
-            f"temperature {temperature} is too small to divide by; use 0 for greedy"
-        )
-    if top_k is not None and (isinstance(top_k, bool) or int(top_k) != top_k or top_k < 0):
-        raise SamplingError(f"top_k must be a positive integer, or 0 or None for off, not {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise SamplingError(f"top_p must lie in (0, 1], not {top_p}; 1 or None turns it off")
-    if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**64:
-        raise SamplingError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
-    return float(temperature), min(int(top_k or off), off), float(top_p or 1.0), int(seed)
+def _temperature(name: str, value: Any) -> np.float32:
+    value = real(name, value)
+    if not math.isfinite(value) or value < 0:
+        raise SamplingError(f"{name} must be 0 (greedy) or a positive finite number, not {value}")
+    if 0 < value < 1e-4:
+        raise SamplingError(f"{name} {value} is too small to divide by; use 0 for greedy")
+    return np.float32(value)
+
+
+def _top_k(name: str, value: Any) -> np.float32:
+    if value is None or value == 0:
+        return np.float32(np.inf)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise SamplingError(f"{name} must be a positive integer, or 0 or None for off, not {value}")
+    return np.float32(value)
+
+
+def _mass(name: str, value: Any) -> np.float32:
+    value = 1.0 if value is None else real(name, value)
+    if not 0.0 < value <= 1.0:
+        raise SamplingError(f"{name} must lie in (0, 1], not {value}; 1 or None turns it off")
+    return np.float32(value)
+
+
+def _min_p(name: str, value: Any) -> np.float32:
+    value = 0.0 if value is None else real(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise SamplingError(f"{name} must lie in [0, 1], not {value}; 0 or None turns it off")
+    return np.float32(value)
+
+
+def _seed(name: str, value: Any) -> np.ndarray:
+    whole = not isinstance(value, bool) and isinstance(value, numbers.Integral)
+    if not whole or not 0 <= int(value) < 2**64:
+        raise SamplingError(f"{name} must be an integer from 0 to 2**64 - 1, not {value!r}")
+    return np.array([int(value) >> 32, int(value) & 0xFFFFFFFF], np.uint32)
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -136,232 +205,341 @@ def threefry2x32(key: tuple, counter: tuple) -> tuple[jax.Array, jax.Array]:
     return x0, x1
 
 
-def gumbel_noise(sampling: Sampling, positions: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel_noise(draw: Draw, positions: jax.Array, vocab_size: int) -> jax.Array:
     """Gumbel noise for the tokens at some positions.
 
-    Zeros if no row samples, at no cost.
-
     Args:
-      sampling: gives the seeds.
+      draw: gives the seeds.
       positions: ``[B, Q]`` int32 absolute positions.
       vocab_size: V.
 
     Returns:
       ``[B, Q, V]`` float32.
     """
+    seed = draw.seed[:, :, None, None]
+    counter = (
+        positions.astype(jnp.uint32)[:, :, None],
+        lax.broadcasted_iota(jnp.uint32, (1, 1, vocab_size), 2),
+    )
+    bits, _ = threefry2x32((seed[:, 0], seed[:, 1]), counter)
+    # Minus log of an exponential. The uniform is small where the noise is large, so that
+    # float32 resolves the upper tail (to about 22.9) and never reaches an infinity.
+    uniform = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
+    return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, jnp.float32(1 - 2.0**-24))))
 
-    def draw() -> jax.Array:
-        seed = sampling.seed[:, :, None, None]
-        counter = (
-            positions.astype(jnp.uint32)[:, :, None],
-            lax.broadcasted_iota(jnp.uint32, (1, 1, vocab_size), 2),
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """The noise of the next Q positions of each row, of which most outlive a round.
+
+    Attributes:
+      values: ``[B, Q, V]`` float32; that of position t is entry t modulo Q.
+      end: ``[B]`` int32; positions before it have been drawn.
+    """
+
+    values: jax.Array
+    end: jax.Array
+
+    @classmethod
+    def undrawn(cls, batch: int, size: int, vocab_size: int) -> Noise:
+        """Room for ``size`` positions a row."""
+        return cls(jnp.zeros((batch, size, vocab_size)), jnp.zeros((batch,), jnp.int32))
+
+    def drawn(self, draw: Draw, first: jax.Array) -> Noise:
+        """With the noise of the positions from ``first`` ``[B]`` on, where a row samples."""
+        # A CPU takes 20 us for a position at V = 8,192; a GPU makes all of them in one kernel.
+        return lax.platform_dependent(
+            self, draw, first, cpu=Noise._draw_missing, default=Noise._draw_all
         )
-        bits, _ = threefry2x32((seed[:, 0], seed[:, 1]), counter)
-        # Minus log of an exponential. The uniform is small where the noise is large, so that
-        # float32 resolves the upper tail (to about 22.9) and never reaches an infinity.
-        uniform = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
-        return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, jnp.float32(1 - 2**-24))))
 
-    shape = (*positions.shape, vocab_size)
-    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: jnp.zeros(shape, jnp.float32))
+    def _draw_missing(self, draw: Draw, first: jax.Array) -> Noise:
+        batch, size, vocab_size = self.values.shape
+        goal = jnp.where(draw.sampled, first + size, 0)
+
+        def one_more(noise: Noise) -> Noise:
+            # A row that has all of its noise draws the last of it again.
+            position = jnp.minimum(noise.end, goal - 1)
+            fresh = gumbel_noise(draw, position[:, None], vocab_size)
+            values = noise.values
+            for row in range(batch):
+                start = (row, position[row] % size, 0)
+                values = lax.dynamic_update_slice(values, fresh[row : row + 1], start)
+            return Noise(values, jnp.minimum(noise.end + 1, goal))
+
+        start = Noise(self.values, jnp.minimum(jnp.maximum(self.end, first), goal))
+        return lax.while_loop(lambda noise: jnp.any(noise.end < goal), one_more, start)
+
+    def _draw_all(self, draw: Draw, first: jax.Array) -> Noise:
+        _, size, vocab_size = self.values.shape
+        position = first[:, None] + (jnp.arange(size) - first[:, None]) % size
+        return Noise(gumbel_noise(draw, position, vocab_size), first + size)
 
 
-def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Temperature, then top-k, then top-p, in the order and with the sense of ``transformers``.
+def perturb(log_prob: jax.Array, noise: jax.Array | float, draw: Draw | None) -> jax.Array:
+    """Log-probabilities ``[B, W, X]`` of some tokens, over temperature and with their noise; those
+    of greedy rows as they are."""
+    if draw is None:
+        return log_prob
+    return jnp.where(draw.sampled[:, None, None], draw.scale(log_prob) + noise, log_prob)
 
-    Excluded tokens become minus infinity. Tokens that tie with the last one included are kept.
-    Greedy rows pass unchanged.
+
+def warp(logits: jax.Array, draw: Draw) -> jax.Array:
+    """Temperature, top-k, top-p, min-p and typical-p, in the order and sense of ``transformers``.
+
+    Excluded tokens become minus infinity. Tokens that tie with the last one included are kept, and
+    so are those that are too improbable to be drawn. Greedy rows pass unchanged.
 
     Args:
       logits: ``[B, W, V]`` float32.
-      sampling: the options of each row.
+      draw: the options of each row.
 
     Returns:
       ``[B, W, V]`` float32 unnormalised log-weights.
     """
-    sampled = sampling.temperature > 0
-    temperature = jnp.where(sampled, sampling.temperature, 1.0)
-    logits = logits / temperature[:, None, None]
-    limited = sampled & ((sampling.top_k < logits.shape[-1]) | (sampling.top_p < 1.0))
-    return lax.cond(jnp.any(limited), lambda: _truncate(logits, sampling, sampled), lambda: logits)
+    scaled = draw.scale(logits)
+    weight, best = _weights(scaled)
+    least = _threshold(scaled, weight, best, draw.top_k, draw.top_p)
+    least = jnp.maximum(least, _least_probable(best, draw))
+    kept = jnp.where(scaled >= least[..., None], scaled, -jnp.inf)
+    if draw.typical_p is None:
+        return kept
+    share = draw.typical_p
+    return lax.cond(jnp.any(share < 1), lambda: _typical(kept, share), lambda: kept)
 
 
-def _truncate(logits: jax.Array, sampling: Sampling, sampled: jax.Array) -> jax.Array:
-    """Top-k and top-p by thresholds: ``k`` is traced, and sorts are ruinous."""
-    kept = jnp.where(_in_top_k(logits, sampling, sampled), logits, -jnp.inf)
-
-    def nucleus() -> jax.Array:
-        top_p = jnp.where(sampled, sampling.top_p, 1.0)[:, None]
-        # A token stays if the mass strictly above it is less than top_p. Where rounding leaves
-        # the whole mass short of top_p, nothing is excluded.
-        threshold = _threshold(kept, jax.nn.softmax(kept, axis=-1), top_p)
-        return jnp.where((kept >= threshold[..., None]) | (top_p[..., None] >= 1), kept, -jnp.inf)
-
-    return lax.cond(jnp.any(sampled & (sampling.top_p < 1)), nucleus, lambda: kept)
+def _weights(scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights ``[B, W, V]`` of scaled logits, 1 for the best, and the best ones ``[B, W]``."""
+    best = jnp.max(scaled, axis=-1)
+    return jnp.exp(scaled - best[..., None]), best
 
 
-def _in_top_k(logits: jax.Array, sampling: Sampling, sampled: jax.Array) -> jax.Array:
-    """``[B, W, V]`` bool: tokens that top-k keeps, all of them in rows not sampled."""
-    top_k = jnp.where(sampled, sampling.top_k, logits.shape[-1])
-    threshold = _threshold(logits, jnp.ones_like(logits), top_k.astype(jnp.float32)[:, None])
-    return logits >= threshold[..., None]
+def _least_probable(best: jax.Array, draw: Draw) -> jax.Array:
+    """``[B, W]`` float32, the least scaled logit that min-p keeps, given the greatest."""
+    return best + jnp.log(draw.min_p)[:, None]
 
 
-def _threshold(values: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
-    """A threshold that keeps the fewest of the largest values whose weights reach a goal.
+def _typical(kept: jax.Array, share: jax.Array) -> jax.Array:
+    """Of some log-weights ``[B, W, V]`` those whose surprise is nearest to the entropy, the fewest
+    that make up a share ``[B]`` of the mass."""
+    log_prob = jax.nn.log_softmax(kept, axis=-1)
+    prob = jnp.exp(log_prob)
+    entropy = -jnp.sum(jnp.where(prob > 0, prob * log_prob, 0.0), axis=-1, keepdims=True)
+    near = jnp.where(kept > -jnp.inf, -jnp.abs(log_prob + entropy), -jnp.inf)
+    everything = jnp.full_like(share, jnp.inf)
+    least = _threshold(near, prob, jnp.max(near, axis=-1), everything, share)
+    return jnp.where(near >= least[..., None], kept, -jnp.inf)
 
-    By halving, until at most one value of each row lies between the bounds: a dozen steps for
-    distinct values, the distance of two floats for equal ones.
+
+# More than what noise makes good: it lies between -2.9 and 22.9.
+_REACH = 32.0
+
+
+class _Search(NamedTuple):
+    """Bounds of a threshold, all ``[B, W]`` float32.
+
+    Attributes:
+      goal: the weight that is looked for; negative while it is a number of values.
+      low, high: the values from ``low`` on reach the goal, those from ``high`` on do not.
+      more, fewer: how many values there are from ``low`` and from ``high`` on.
+      weight: of the values from ``low`` on.
+    """
+
+    goal: jax.Array
+    low: jax.Array
+    high: jax.Array
+    more: jax.Array
+    fewer: jax.Array
+    weight: jax.Array
+
+    @property
+    def counting(self) -> jax.Array:
+        return self.goal < 0
+
+    @property
+    def middle(self) -> jax.Array:
+        return self.low + (self.high - self.low) / 2
+
+    @property
+    def settled(self) -> jax.Array:
+        between = (self.middle > self.low) & (self.middle < self.high)
+        return ~(between & (self.more - self.fewer > 1))
+
+
+def _threshold(
+    values: jax.Array, weight: jax.Array, best: jax.Array, count: jax.Array, share: jax.Array
+) -> jax.Array:
+    """The least value that is kept if a row keeps its ``count`` greatest ones, and of these the
+    fewest greatest that make up a ``share`` of their weight.
+
+    By halving, first for the count and then for the share, each until at most one value lies
+    between the bounds: a dozen steps for distinct values, the distance of two floats for equal
+    ones. Sorts are ruinous, and ``count`` is traced.
 
     Args:
       values: ``[B, W, V]`` float32.
-      weights: ``[B, W, V]`` float32, not negative.
-      goal: broadcastable to ``[B, W]``.
+      weight: ``[B, W, V]`` float32, not negative.
+      best: ``[B, W]`` float32, the greatest values.
+      count: ``[B]`` float32; infinity for all.
+      share: ``[B]`` float32 in (0, 1]; 1 for all.
 
     Returns:
-      ``[B, W]`` float32; the smallest finite value where all weights fall short of the goal.
+      ``[B, W]`` float32, at least ``best - _REACH``: less cannot win. Minus infinity where a row
+      keeps all.
     """
-    finite = jnp.isfinite(values)
-    low = jnp.min(jnp.where(finite, values, jnp.inf), axis=-1)
-    high = jnp.nextafter(jnp.max(values, axis=-1), jnp.inf)
-    count = jnp.sum(finite, axis=-1)
+    count, share = count[:, None], share[:, None]
+    # More than the best, however large it is.
+    above_all = best + jnp.maximum(jnp.abs(best) * 1e-6, 1.0)
+    lowest = best - _REACH
 
-    def middle(low: jax.Array, high: jax.Array) -> jax.Array:
-        return low + (high - low) / 2
-
-    def unsettled(carry) -> jax.Array:
-        low, high, above_low, above_high = carry
-        between = (middle(low, high) > low) & (middle(low, high) < high)
-        return jnp.any(between & (above_low - above_high > 1))
-
-    def halve(carry):
-        low, high, above_low, above_high = carry
-        here = middle(low, high)
-        above = values >= here[..., None]
-        reached = jnp.sum(jnp.where(above, weights, 0.0), axis=-1) >= goal
-        count = jnp.sum(above, axis=-1)
-        return (
-            jnp.where(reached, here, low),
-            jnp.where(reached, high, here),
-            jnp.where(reached, count, above_low),
-            jnp.where(reached, above_high, count),
+    def weigh(search: _Search, where: jax.Array) -> _Search:
+        """Look for the share of what lies above the lower bound."""
+        return search._replace(
+            goal=jnp.where(where, share * search.weight, search.goal),
+            high=jnp.where(where, jnp.where(share < 1, above_all, search.low), search.high),
+            fewer=jnp.where(where, 0.0, search.fewer),
         )
 
-    return lax.while_loop(unsettled, halve, (low, high, count, jnp.zeros_like(count)))[0]
+    def halve(search: _Search) -> _Search:
+        here = search.middle
+        number, mass = _above(values >= here[..., None], weight)
+        reached = jnp.where(search.counting, number >= count, mass >= search.goal)
+        search = search._replace(
+            low=jnp.where(reached, here, search.low),
+            high=jnp.where(reached, search.high, here),
+            more=jnp.where(reached, number, search.more),
+            fewer=jnp.where(reached, search.fewer, number),
+            weight=jnp.where(reached, mass, search.weight),
+        )
+        return weigh(search, search.counting & search.settled)
+
+    start = _Search(
+        goal=jnp.full_like(best, -1.0),
+        low=lowest,
+        high=above_all,
+        more=jnp.full_like(best, values.shape[-1]),
+        fewer=jnp.zeros_like(best),
+        weight=jnp.sum(weight, axis=-1),
+    )
+    start = weigh(start, count >= values.shape[-1])
+    low = lax.while_loop(lambda search: jnp.any(~search.settled), halve, start).low
+    return jnp.where(low > lowest, low, -jnp.inf)
 
 
-def scores(logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling) -> jax.Array:
+def _above(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many tokens ``[B, W, V]`` are ``above``, and their weight: ``[B, W]`` float32 each."""
+
+    def apart(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kept = jnp.where(above, weight, 0.0)
+        return jnp.sum(above.astype(jnp.float32), axis=-1), jnp.sum(kept, axis=-1)
+
+    def together(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        operands = above.astype(jnp.float32), jnp.where(above, weight, 0.0)
+        zeros = jnp.float32(0), jnp.float32(0)
+        return lax.reduce(operands, zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), (2,))
+
+    # One reduction is half the kernels on a GPU; on a CPU XLA vectorises only plain ones.
+    return lax.platform_dependent(above, weight, cpu=apart, default=together)
+
+
+def scores(
+    logits: jax.Array, noise: Noise | None, entry: jax.Array, draw: Draw | None
+) -> jax.Array:
     """What is compared when a token is chosen: the choice is the arg-max over V.
 
     Args:
       logits: ``[B, W, V]`` float32.
-      noise: ``[B, Q, V]`` float32 from :func:`gumbel_noise`.
-      level: ``[B, W]`` int32, which of the Q noise vectors belongs to each row of logits.
-      sampling: the options of each row.
+      noise: at least of the positions that the rows of logits decide.
+      entry: ``[B, W]`` int32, which of its entries belongs to each row of logits.
+      draw: the options of each row; ``None`` if all are greedy, and there is no noise then.
 
     Returns:
       ``[B, W, V]`` float32.
     """
-
-    def perturbed() -> jax.Array:
-        return warp(logits, sampling) + _noise_rows(noise, level, sampling)
-
-    return lax.cond(jnp.any(sampling.temperature > 0), perturbed, lambda: logits)
+    if draw is None or noise is None:
+        return logits
+    return warp(logits, draw) + _noise_rows(noise, entry, draw)
 
 
-def _noise_rows(noise: jax.Array, level: jax.Array, sampling: Sampling) -> jax.Array:
+def _noise_rows(noise: Noise, entry: jax.Array, draw: Draw) -> jax.Array:
     """``[B, W, V]``: each row's noise, zero for greedy rows."""
-    own = jnp.take_along_axis(noise, level[:, :, None], axis=1, mode="promise_in_bounds")
-    return jnp.where((sampling.temperature > 0)[:, None, None], own, 0.0)
+    own = jnp.take_along_axis(noise.values, entry[:, :, None], axis=1, mode="promise_in_bounds")
+    return jnp.where(draw.sampled[:, None, None], own, 0.0)
 
 
 def choose(
-    logits: jax.Array, noise: jax.Array, level: jax.Array, sampling: Sampling
+    logits: jax.Array, noise: Noise | None, entry: jax.Array, draw: Draw | None
 ) -> tuple[jax.Array, jax.Array]:
     """The chosen token of each row of logits, and by how much it won.
 
-    The arg-max of :func:`scores`, without computing them: the best token under temperature and
-    noise alone is nearly always one that top-k and top-p keep, and whether they keep one token
-    takes a single sum to tell. If they do not, they keep none of the less probable either, so a
-    few trials are enough for any distribution.
+    The arg-max of :func:`scores`, mostly without computing them: the best token under temperature
+    and noise alone is nearly always one that top-k, top-p and min-p keep, and whether they keep
+    one token takes a sum to tell. If they do not, they keep none of the less probable either, so
+    a few trials are enough for any distribution.
 
     Args:
       logits: ``[B, W, V]`` float32.
-      noise: ``[B, Q, V]`` float32 from :func:`gumbel_noise`.
-      level: ``[B, W]`` int32, which of the Q noise vectors belongs to each row of logits.
-      sampling: the options of each row.
+      noise: at least of the positions that the rows of logits decide.
+      entry: ``[B, W]`` int32, which of its entries belongs to each row of logits.
+      draw: the options of each row; ``None`` if all are greedy, and there is no noise then.
 
     Returns:
       Tokens ``[B, W]`` int32 and margins ``[B, W]`` float32: the best score less the second
       best, of the tokens that are not known to be excluded.
     """
-    sampled = sampling.temperature > 0
-
-    def by_trial() -> tuple[jax.Array, jax.Array]:
-        scaled = logits / jnp.where(sampled, sampling.temperature, 1.0)[:, None, None]
-        scored = scaled + _noise_rows(noise, level, sampling)
-        keeps = _keeps(scaled, sampling, sampled)
-
-        def trial(carry):
-            excluded, *_ = carry
-            live = jnp.where(scaled > excluded[..., None], scored, -jnp.inf)
-            token, margin = best_two(live)
-            best = jnp.take_along_axis(scaled, token[..., None], -1, mode="promise_in_bounds")
-            own = best[..., 0]
-            # Without progress (logits that are not numbers) the token stands.
-            kept = keeps(own) | ~(own > excluded)
-            return jnp.where(kept, excluded, own), token, margin, kept
-
-        start = (
-            jnp.full(level.shape, -jnp.inf),
-            jnp.zeros(level.shape, jnp.int32),
-            jnp.zeros(level.shape),
-            jnp.zeros(level.shape, bool),
-        )
-        _, token, margin, _ = lax.while_loop(lambda carry: ~jnp.all(carry[-1]), trial, start)
-        return token, margin
-
-    return lax.cond(jnp.any(sampled), by_trial, lambda: best_two(logits))
+    if draw is None or noise is None:
+        return best_two(logits)
+    scaled = draw.scale(logits)
+    scored = scaled + _noise_rows(noise, entry, draw)
+    if draw.typical_p is None:
+        return _try_best(scaled, scored, draw)
+    # Nearness to the entropy does not follow the logits.
+    return lax.cond(
+        jnp.any(draw.typical_p < 1),
+        lambda: best_two(scores(logits, noise, entry, draw)),
+        lambda: _try_best(scaled, scored, draw),
+    )
 
 
-def _keeps(
-    scaled: jax.Array, sampling: Sampling, sampled: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
-    """A function that tells whether :func:`warp` keeps the tokens of some scaled logits ``[B, W]``,
-    one in each row.
+def _try_best(scaled: jax.Array, scored: jax.Array, draw: Draw) -> tuple[jax.Array, jax.Array]:
+    """What :func:`choose` returns, by trials.
 
     Args:
       scaled: ``[B, W, V]`` float32, logits over temperature.
-      sampling: the options of each row.
-      sampled: ``[B]`` bool, rows to which they apply.
+      scored: ``[B, W, V]`` float32, the same with noise.
+      draw: the options of each row, typical-p left out.
     """
-    by_count = sampled & (sampling.top_k < scaled.shape[-1])
-    by_mass = sampled & (sampling.top_p < 1)
-
-    def mass(chosen: jax.Array) -> jax.Array:
-        weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-        return jnp.sum(jnp.where(chosen, weights, 0.0), axis=-1)
-
-    # What top-k leaves is the whole of which top-p takes its share.
-    none = jnp.zeros(scaled.shape[:2])
-    whole = lax.cond(
-        jnp.any(by_mass),
-        lambda: lax.cond(
-            jnp.any(by_mass & by_count),
-            lambda: mass(_in_top_k(scaled, sampling, by_count)),
-            lambda: mass(scaled > -jnp.inf),
-        ),
-        lambda: none,
-    )
+    weight, best = _weights(scaled)
+    count, share = draw.top_k, draw.top_p
+    # What top-k leaves must be known before top-p takes its share: a trial could not tell.
+    both = (count < jnp.inf) & (share < 1)
+    first = (jnp.where(both, count, jnp.inf), jnp.where(both, share, 1.0))
+    least = _threshold(scaled, weight, best, *first)
+    least = jnp.maximum(least, _least_probable(best, draw))
+    enough = jnp.where(share < 1, share, jnp.inf)[:, None] * jnp.sum(weight, axis=-1)
 
     def keeps(own: jax.Array) -> jax.Array:
-        above = scaled > own[..., None]
-        few = jnp.sum(above, axis=-1) < sampling.top_k[:, None]
-        before = lax.cond(jnp.any(by_mass), lambda: mass(above), lambda: none)
-        light = before < sampling.top_p[:, None] * whole
-        return (few | ~by_count[:, None]) & (light | ~by_mass[:, None])
+        """Which tokens are kept, of one in each row whose scaled logits are given ``[B, W]``."""
+        number, mass = _above(scaled > own[..., None], weight)
+        return (number < count[:, None]) & (mass < enough) & (own >= least)
 
-    return keeps
+    def trial(carry):
+        excluded, *_ = carry
+        live = jnp.where(scaled > excluded[..., None], scored, -jnp.inf)
+        token, margin = best_two(live)
+        own = jnp.take_along_axis(scaled, token[..., None], -1, mode="promise_in_bounds")[..., 0]
+        # Without progress (logits that are not numbers) the token stands.
+        kept = keeps(own) | ~(own > excluded)
+        return jnp.where(kept, excluded, own), token, margin, kept
+
+    start = (
+        jnp.full(best.shape, -jnp.inf),
+        jnp.zeros(best.shape, jnp.int32),
+        jnp.zeros(best.shape),
+        jnp.zeros(best.shape, bool),
+    )
+    _, token, margin, _ = lax.while_loop(lambda carry: ~jnp.all(carry[-1]), trial, start)
+    return token, margin
 
 
 def best_two(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -373,9 +551,21 @@ def best_two(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       Tokens ``[B, W]`` int32 and differences ``[B, W]`` float32.
     """
-    # Three plain reductions: XLA vectorises them on a CPU, an arg-max not.
+    return lax.platform_dependent(scored, cpu=_best_two_by_maxima, default=_best_two_by_top_k)
+
+
+def _best_two_by_maxima(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Three plain reductions: XLA vectorises them on a CPU, an arg-max or a top-k not."""
     best = jnp.max(scored, axis=-1)
     tokens = lax.broadcasted_iota(jnp.int32, scored.shape, scored.ndim - 1)
     token = jnp.min(jnp.where(scored == best[..., None], tokens, scored.shape[-1] - 1), axis=-1)
     second = jnp.max(jnp.where(tokens != token[..., None], scored, -jnp.inf), axis=-1)
     return token, best - second
+
+
+def _best_two_by_top_k(scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One kernel on a GPU, where each of those reductions takes two."""
+    if scored.shape[-1] == 1:
+        return jnp.zeros(scored.shape[:-1], jnp.int32), jnp.full(scored.shape[:-1], jnp.inf)
+    best, token = lax.top_k(scored, 2)
+    return token[..., 0], best[..., 0] - best[..., 1]

@@ -20,7 +20,8 @@ from ssd_jax import tree as trees
 from ssd_jax.kv_cache import KVCache, keep
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, Policy
-from ssd_jax.sampling import Sampling, scores
+from ssd_jax.processors import History, process
+from ssd_jax.sampling import Noise, Sampling, perturb, scores
 from ssd_jax.spans import within
 from ssd_jax.tree import TokenTree, at
 
@@ -44,22 +45,26 @@ class Round:
       tables: the n-gram stage's trigram, or ``None``.
       text: ``[B, S']`` int32 buffer of committed tokens.
       length: ``[B]`` int32, how many.
+      start: ``[B]`` int32, how many of them are the prompt's.
       limit: ``[B]`` int32, the length at which a row ends.
       active: ``[B]`` bool.
       drafting: bool, whether anything is proposed in this round.
       eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
-      noise: ``[B, D + 1, V]`` float32; entry d decides the children of nodes of depth d.
+      noise: of the positions that the tree may reach, ``None`` if all rows are greedy.
+      history: what processors need to know of the text, ``None`` without them.
     """
 
     models: tuple[Any, ...]
     tables: NGramTables | None
     text: jax.Array
     length: jax.Array
+    start: jax.Array
     limit: jax.Array
     active: jax.Array
     drafting: jax.Array
     eos: jax.Array
-    noise: jax.Array
+    noise: Noise | None
+    history: History | None
     sampling: Sampling
     policy: Policy
     capacities: Capacities
@@ -76,10 +81,17 @@ class Round:
         """``[B, C]`` int32 absolute position of nodes of a ``depth``."""
         return self.length[:, None] - 1 + depth
 
+    def noise_after(self, tree: TokenTree, nodes: jax.Array) -> jax.Array:
+        """``[B, W]`` int32, which of the noise's entries decides the children of some nodes."""
+        return (self.position(at(tree.depth, nodes)) + 1) % (self.capacities.depth + 1)
+
     def tau(self, stage: int) -> jax.Array:
         """``[B]`` float32 calibration of a proposing stage."""
         greedy, sampled = self.policy.tau[stage - 1, 0], self.policy.tau[stage - 1, 1]
-        return jnp.where(self.sampling.temperature > 0, sampled, greedy)
+        draw = self.sampling.draw
+        if draw is None:
+            return jnp.broadcast_to(greedy, self.length.shape)
+        return jnp.where(draw.sampled, sampled, greedy)
 
 
 def forward(rnd: Round, model: int, *args, **kwargs) -> tuple[jax.Array, KVCache]:
@@ -171,6 +183,17 @@ def evaluate(
     return logits, slot, cache
 
 
+def processed(rnd: Round, tree: TokenTree, nodes: jax.Array, logits: jax.Array) -> jax.Array:
+    """The logits ``[B, W, V]`` after some nodes, as processors leave them after each one's path."""
+    processors = rnd.sampling.processors
+    if processors is None or rnd.history is None:
+        return logits
+    depth = jnp.maximum(at(tree.depth, nodes), 0)
+    recent = _recent_tokens(rnd, tree, nodes, max(rnd.capacities.depth, processors.reach))
+    new = rnd.length[:, None] + depth - rnd.start[:, None]
+    return process(logits, processors, rnd.history, recent, depth, new, rnd.eos)
+
+
 def commit(
     rnd: Round,
     cache: KVCache,
@@ -260,8 +283,8 @@ def _draft_pass(
     nodes, found = trees.best_nodes(*wanted)
     row, hit = trees.rows_of_best(*wanted)
     logits, slot, cache = evaluate(rnd, stage, tree, cache, nodes, row, hit)
-    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
-    scored = scores(logits, rnd.noise, level, rnd.sampling)
+    logits = processed(rnd, tree, nodes, logits)
+    scored = scores(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw)
     tau = rnd.tau(stage)[:, None, None]
     # Without the barrier the slice below merges into it, and XLA no longer sees a top-k in what
     # is then a sort: 2 ms a pass on a CPU.
@@ -349,18 +372,18 @@ def _propose(
     rnd: Round, tree: TokenTree, nodes: jax.Array, recent: jax.Array, branch: int, match: int
 ) -> tuple[jax.Array, jax.Array]:
     """Candidates of the n-gram stage: ``[B, W, X]`` tokens and log-probabilities."""
-    level = jnp.clip(at(tree.depth, nodes), 0, rnd.capacities.depth)
+    entry = rnd.noise_after(tree, nodes)
     listed = []
     if branch:
         assert rnd.tables is not None
         token, log_prob = rnd.tables.look_up(recent[:, :, 1], recent[:, :, 0])
         token, log_prob = token[:, :, :branch], log_prob[:, :, :branch]
-        log_prob = _katz_log_prob(rnd, level, token, log_prob)
+        log_prob = _katz_log_prob(rnd, entry, token, log_prob)
         allowed = jnp.arange(token.shape[-1]) < rnd.policy.ngram_branch
         listed.append((token, jnp.where(allowed, log_prob, -jnp.inf)))
     if match:
         token, log_prob = (x[:, :, None] for x in _look_up_text(rnd, recent[:, :, :match]))
-        log_prob = _win_log_prob(rnd, level, token, log_prob)
+        log_prob = _win_log_prob(rnd, entry, token, log_prob)
         for i, (other, value) in enumerate(listed):
             # Where both propose a token, the look-up's entry carries the better value alone.
             twin = (other == token) & (log_prob > -jnp.inf)
@@ -372,39 +395,40 @@ def _propose(
     return token, log_prob
 
 
-def _noise_of(rnd: Round, level: jax.Array, token: jax.Array) -> jax.Array:
-    """``[B, W, X]`` noise of some tokens, after nodes of depth ``level`` ``[B, W]``."""
-    batch, _, vocab = rnd.noise.shape
-    index = (level[:, :, None] * vocab + token).reshape(batch, -1)
-    return _take(rnd.noise.reshape(batch, -1), index, axis=1).reshape(token.shape)
+def _noise_of(rnd: Round, entry: jax.Array, token: jax.Array) -> jax.Array | float:
+    """``[B, W, X]`` noise of some tokens, of the entries ``[B, W]``."""
+    if rnd.noise is None:
+        return 0.0
+    batch, _, vocab = rnd.noise.values.shape
+    index = (entry[:, :, None] * vocab + token).reshape(batch, -1)
+    return _take(rnd.noise.values.reshape(batch, -1), index, axis=1).reshape(token.shape)
 
 
-def _katz_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
+def _katz_log_prob(rnd: Round, entry, token, log_prob) -> jax.Array:
     """Value of trigram continuations: softmax of their perturbed scores, with the mass that is
     not listed as one more entry."""
     rest = jnp.log(jnp.maximum(1.0 - jnp.sum(jnp.exp(log_prob), axis=-1, keepdims=True), 1e-6))
-    temperature = rnd.sampling.temperature[:, None, None]
-    sampled = temperature > 0
-    divisor = jnp.where(sampled, temperature, 1.0)
     tau = rnd.tau(len(rnd.models))[:, None, None]
-    noise = _noise_of(rnd, level, token)
-    score = jnp.where(sampled, log_prob / divisor + noise, log_prob) / tau
-    other = jnp.where(sampled, rest / divisor + EULER, rest) / tau
+    score = perturb(log_prob, _noise_of(rnd, entry, token), rnd.sampling.draw) / tau
+    other = perturb(rest, EULER, rnd.sampling.draw) / tau
     listed = jax.nn.logsumexp(score, axis=-1, keepdims=True)
     return score - jnp.logaddexp(listed, other)
 
 
-def _win_log_prob(rnd: Round, level, token, log_prob) -> jax.Array:
+def _win_log_prob(rnd: Round, entry, token, log_prob) -> jax.Array:
     """Value of a token believed to have probability ``exp(log_prob)``.
 
     When sampling, its own noise ``g`` is known and the best of all the others is distributed
     as ``log(1 - p) + Gumbel``, so it wins with probability ``exp(-(1 - p) / p * exp(-g))``.
     """
+    draw = rnd.sampling.draw
+    if draw is None:
+        return log_prob
     odds = jnp.expm1(-log_prob)
-    noise = _noise_of(rnd, level, token)
+    noise = _noise_of(rnd, entry, token)
     wins = jnp.maximum(-odds * jnp.exp(-noise), -1e4)
     wins = jnp.where(log_prob > -jnp.inf, wins, -jnp.inf)
-    return jnp.where(rnd.sampling.temperature[:, None, None] > 0, wins, log_prob)
+    return jnp.where(draw.sampled[:, None, None], wins, log_prob)
 
 
 def _look_up_text(rnd: Round, recent: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -50,8 +50,9 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eos: tuple[int, ...] = (),
+    adjust=lambda text, logits: logits,
 ) -> tuple[list[int], float]:
-    """Cache-free decoding, a whole forward pass for each token.
+    """Cache-free decoding, a whole forward pass for each token; ``adjust`` sees text and logits.
 
     Returns:
       The new tokens and the smallest margin between a chosen token and the runner-up.
@@ -63,7 +64,7 @@ def generate(
         padded = np.zeros((1, context), np.int32)
         padded[0, : len(text)] = text
         logits = np.asarray(forward(model, jnp.asarray(padded))[0, len(text) - 1])
-        score = warp(logits, temperature, top_k, top_p)
+        score = warp(adjust(text, logits), temperature, top_k, top_p)
         if temperature:
             score = score + gumbel(seed, len(text), len(score))
         first, second = np.sort(score)[::-1][:2]

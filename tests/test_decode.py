@@ -318,29 +318,41 @@ class Counting:
 jax.tree_util.register_pytree_node(Counting, lambda c: ((), c), lambda c, _: c)
 
 
-def test_one_trace_serves_prompts_policies_temperatures_and_seeds():
+def test_three_traces_serve_prompts_policies_and_all_options():
+    """One where all is greedy, one with the options of sampling, one with processors too."""
     stack = toys.stack("between")
     models = tuple(Counting(m) for m in (stack.oracle, *stack.drafts))
     capacities = Capacities.of(plan_for(1), TEXT)
-    counts = []
-    for prompt, policy, options in [
-        ([1, 2, 3], policies(1)[0], dict(seed=1)),
-        ([4] * 20, policies(1)[1], dict(seed=2, temperature=1.0)),
-        ([9, 8], policies(1)[2], dict(seed=3, temperature=0.5, top_k=3)),
-        ([9], policies(1)[3], dict(seed=4, temperature=1.5, top_p=0.5)),
-    ]:
+
+    def traces(prompt, policy, **options) -> tuple[int, ...]:
         state = first_state(models, [prompt], [len(prompt) + 5], (), capacities)
-        engine.decode(
-            models,
-            stack.tables,
-            state,
-            Sampling.create(1, **options),
-            policy,
-            state.limit + 0,
-            capacities=capacities,
-        )
-        counts.append([m.traces for m in models])
-    assert counts[0] == counts[-1] and min(counts[0]) > 0
+        sampling = Sampling.create(1, **options)
+        arguments = (models, stack.tables, state, sampling, policy, state.limit + 0)
+        engine.decode.trace(*arguments, capacities=capacities)
+        return tuple(m.traces for m in models)
+
+    prompts, kinds = [[1, 2, 3], [4] * 20, [9, 8], [9]], policies(1)
+    options = [
+        [dict(seed=1), dict(seed=2, top_k=3), dict(min_p=0.5), dict(seed=4)],
+        [
+            dict(seed=2, temperature=1.0),
+            dict(seed=3, temperature=0.5, top_k=3),
+            dict(temperature=1.5, top_p=0.5, top_k=20),
+            dict(temperature=0.1, min_p=0.2),
+        ],
+        [
+            dict(repetition_penalty=1.3),
+            dict(temperature=1.0, typical_p=0.5),
+            dict(bad_words_ids=[[1], [3, 4]], min_new_tokens=3),
+            dict(temperature=1.5, top_k=5, logit_bias={5: -1.0}, presence_penalty=0.5),
+        ],
+    ]
+    counts = [
+        [traces(*each, **own) for *each, own in zip(prompts, kinds, group, strict=True)]
+        for group in options
+    ]
+    assert all(len(set(group)) == 1 for group in counts)
+    assert counts[0][0] < counts[1][0] < counts[2][0]
 
 
 def lowered(stack, batch, place=lambda tree: tree, plan=None):
@@ -356,6 +368,7 @@ def lowered(stack, batch, place=lambda tree: tree, plan=None):
         state.limit,
     )
     caches = {x.shape for c in state.caches for x in (*c.keys, *c.values)}
+    caches.add((batch, plan.depth + 1, toys.VOCAB))  # the noise, which is kept as well
     return engine.decode.lower(*place(arguments), capacities=capacities), caches
 
 

@@ -396,7 +396,7 @@ class Reader:
 @partial(jax.jit, donate_argnames="cache")
 def _log_weights(model, cache, sampling, tokens, positions, mask, offset):
     logits, cache = model(tokens, positions, mask=mask, cache=cache, offset=offset)
-    return warp(logits, sampling)[0], cache
+    return (logits if sampling.draw is None else warp(logits, sampling.draw))[0], cache
 
 
 _noise = jax.jit(gumbel_noise, static_argnames="vocab_size")
@@ -433,7 +433,10 @@ def run(
 
     @functools.cache
     def noise(position: int) -> np.ndarray:
-        return np.asarray(_noise(sampling, jnp.full((1, 1), position), stack.vocab_size))[0, 0]
+        if sampling.draw is None:
+            return np.zeros(stack.vocab_size, np.float32)
+        place = jnp.full((1, 1), position)
+        return np.asarray(_noise(sampling.draw, place, stack.vocab_size))[0, 0]
 
     sources = Sources(
         oracle=Reader(stack.oracle, sampling, limit, rows),

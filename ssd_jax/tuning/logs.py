@@ -21,7 +21,6 @@ from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
 from ssd_jax.sampling import Sampling, gumbel_noise, scores
 from ssd_jax.stack import Stack
-from ssd_jax.tree import at
 
 LISTED = 16  # continuations kept of each distribution
 DEPTH = 16  # deepest level that is logged
@@ -125,10 +124,12 @@ def log_text(
     models = (stack.oracle, *stack.drafts)
     state = first_state(models, [tokens], [limit], stack.eos_ids, capacities)
     # A whole text is finished where it ends; the trees below its tokens are not.
-    state = dataclasses.replace(state, finish=jnp.zeros_like(state.finish))
+    state = dataclasses.replace(
+        state, finish=jnp.zeros_like(state.finish), start=jnp.full_like(state.start, start)
+    )
     arguments = (models, stack.tables, sampling, Policy.of(plan))
     state = _prefill(*arguments, state, capacities)
-    temperature = float(sampling.temperature[0])
+    temperature = 0.0 if sampling.draw is None else float(sampling.draw.temperature[0])
     log = TextLog(
         tokens=tuple(tokens),
         start=start,
@@ -149,9 +150,9 @@ def log_text(
 
 
 def _noise(sampling: Sampling, start: int, end: int, vocab: int) -> np.ndarray:
-    if not float(sampling.temperature[0]):
+    if sampling.draw is None:
         return np.zeros((0, vocab), np.float32)
-    return np.asarray(gumbel_noise(sampling, jnp.arange(start, end)[None], vocab)[0])
+    return np.asarray(gumbel_noise(sampling.draw, jnp.arange(start, end)[None], vocab)[0])
 
 
 @partial(jax.jit, static_argnames="capacities", donate_argnames="state")
@@ -187,11 +188,12 @@ def _below(models, tables, sampling, policy, state, length, capacities):
     nodes = jnp.arange(root, capacities.nodes)[None]
     rows = jnp.arange(capacities.nodes)[None] - root
     hit = tree.valid & (rows >= 0)
-    level = jnp.clip(at(tree.depth, nodes), 0, capacities.depth)
+    entry = rnd.noise_after(tree, nodes)
     listed_tokens, listed_logs = [], []
     for model, cache in enumerate(caches, 1):
         logits, *_ = stages.evaluate(rnd, model, tree, cache, nodes, rows, hit)
-        scored = scores(logits, rnd.noise, level, sampling)
+        logits = stages.processed(rnd, tree, nodes, logits)
+        scored = scores(logits, rnd.noise, entry, sampling.draw)
         log_prob = jax.nn.log_softmax(scored / rnd.tau(model)[:, None, None], axis=-1)
         best, token = lax.top_k(log_prob[0], min(LISTED, log_prob.shape[-1]))
         listed_tokens.append(token)
