@@ -132,6 +132,7 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
         return dataclasses.replace(written, length=length)
 
     passes = -(-jnp.max(goal - cache.length) // chunk)
+    # Counted before the loop: after it, the old length would be a copy.
     cache, passes = lax.optimization_barrier((cache, passes))
     return lax.while_loop(lambda cache: jnp.any(cache.length < goal), step, cache), passes
 

@@ -324,7 +324,7 @@ def insert(tree: TokenTree, children: jax.Array) -> TokenTree:
     log_prob = lax.bitcast_convert_type(children[:, _LOG_PROB], jnp.float32)
     same_parent = tree.parent[:, None] == parent[:, :, None]
     known = same_parent & (tree.token[:, None] == token[:, :, None]) & tree.valid[:, None]
-    refused = jnp.any(known | (log_prob == -jnp.inf)[:, :, None], axis=-1)
+    refused = jnp.any(known | ~(log_prob > -jnp.inf)[:, :, None], axis=-1)
     ordinal = jnp.cumsum(~refused, axis=1)
     node = jnp.arange(tree.capacity)
     # The n-th node takes the candidate that n minus count accepted ones precede.
