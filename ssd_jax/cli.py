@@ -22,7 +22,7 @@ from ssd_jax.errors import CheckpointError, PromptError, SsdError
 from ssd_jax.plan import DEFAULT, MODES
 
 if TYPE_CHECKING:
-    from ssd_jax.generate import GenerationResult
+    from ssd_jax.batch import GenerationResult
 
 COMPARE_REPEATS = 3  # odd, so that the median is one of the runs
 EXIT_USER_ERROR = 2
