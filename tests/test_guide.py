@@ -1,0 +1,23 @@
+"""docs/guide.md: its snippets run, one after another, and their assertions hold."""
+
+import re
+
+from prompts import REPOSITORY
+
+from ssd_jax.plan import DraftPlan, NGramPlan, Plan
+
+
+def test_the_snippets_of_the_guide_run(monkeypatch, capsys):
+    # The smallest trio and plan: what the guide says depends on neither.
+    small = Plan(width=4, drafts=(DraftPlan(),), ngram=NGramPlan(), depth=3, nodes=8)
+    monkeypatch.setattr(Plan, "staged", lambda *_: small)
+    monkeypatch.chdir(REPOSITORY)
+    guide = (REPOSITORY / "docs" / "guide.md").read_text("utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    for snippet in snippets:
+        exec(snippet.replace("python-small", "python-tiny"), names)
+    assert len(snippets) == 7 and names["second"].stats.reused_tokens > len(
+        names["stack"].tokenizer.encode(names["prompt"])
+    )
+    assert "".join(names["pieces"].result.text) in capsys.readouterr().out
