@@ -203,10 +203,14 @@ def _prompts(given: Any) -> tuple[list[Any], bool]:
     """The prompts, and whether they came as a list of prompts rather than as one."""
     if isinstance(given, str):
         return [given], False
-    rows = getattr(given, "ndim", None)  # of an array
-    if rows is None:
-        rows = 1 + (isinstance(given, list | tuple) and any(map(_is_sequence, given)))
-    return (list(given), True) if rows > 1 else ([given], False)
+    axes = getattr(given, "ndim", None)  # of an array
+    if axes is None:
+        axes = 1 + (isinstance(given, list | tuple) and any(map(_is_sequence, given)))
+    if axes < 2:
+        return [given], False
+    if not len(given):
+        raise PromptError("the list of prompts is empty; give at least one")
+    return list(given), True
 
 
 def _is_sequence(item: Any) -> bool:

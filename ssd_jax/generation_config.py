@@ -15,7 +15,7 @@ from ssd_jax.errors import SamplingError
 from ssd_jax.sampling import Sampling
 
 # Fields handed on to Sampling.create, which checks them, under the same names. A new option of the
-# sampler is a field of GenerationConfig and a name here.
+# sampler is a field of GenerationConfig, a name here, and one in _LISTS if its value is a list.
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "seed")
 # What other libraries call an option, for the hint that an unknown name gets.
 _ELSEWHERE = {
@@ -119,12 +119,13 @@ class GenerationConfig:
     def samples(self) -> list[GenerationConfig]:
         """One configuration for each continuation that this one asks for."""
         return [
-            dataclasses.replace(self, seed=(self.seed + i) % 2**64, num_return_sequences=1)
+            dataclasses.replace(self, seed=(int(self.seed) + i) % 2**64, num_return_sequences=1)
             for i in range(self.num_return_sequences)
         ]
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(GenerationConfig)}
+_FIELDS = [field.name for field in dataclasses.fields(GenerationConfig)]
+# Options that are lists in themselves: given as one, it is for all prompts.
 _LISTS = ("eos_token_id", "stop_strings", "stop_token_sequences")
 
 

@@ -117,7 +117,8 @@ class Run:
         while True:
             self.seconds = time.perf_counter() - began
             yield [row.look(self.batch, i, self.seconds) for i, row in enumerate(self.rows)]
-            self.batch.halt([i for i, row in enumerate(self.rows) if row.ending])
+            ended = [i for i, row in enumerate(self.rows) if row.ending]
+            self.batch.halt([i for i in ended if not self.batch.finished(i)])
             if not self.batch.running:
                 break
             self.batch.advance(step)

@@ -269,6 +269,7 @@ def test_a_session_survives_a_stream_that_is_left(stack, plain, monkeypatch):
     [
         ([], dict(), PromptError, "empty"),
         ([[]], dict(), PromptError, "empty"),
+        (np.zeros((0, 3), int), dict(), PromptError, "list of prompts is empty"),
         (["a", 5], dict(), PromptError, "text or token ids"),
         ([["a"]], dict(), PromptError, "integers"),
         (["a", [10**6]], dict(), PromptError, "outside the vocabulary"),

@@ -71,6 +71,7 @@ def test_one_of_something_is_a_list_of_one():
 
 
 def test_samples_have_seeds_of_their_own():
+    assert [one.seed for one in GenerationConfig(seed=np.int64(3)).samples()] == [3]
     given = GenerationConfig(temperature=1.0, seed=2**64 - 2, num_return_sequences=3)
     assert [one.seed for one in given.samples()] == [2**64 - 2, 2**64 - 1, 0]
     assert {one.num_return_sequences for one in given.samples()} == {1}
