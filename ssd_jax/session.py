@@ -25,9 +25,10 @@ class Session:
 
     Each call takes the whole prompt, and gives what :func:`ssd_jax.generate` would give. The keys
     and values of the text before are kept, and what the new prompt shares with its beginning is
-    not computed again (``stats.reused_tokens``). Memory is bounded: one set of caches, of
-    ``max_tokens`` positions. A text's tokens are compared, so a call that follows another plan
-    (``tune`` finds one for greedy decoding and one for sampling) starts afresh.
+    not computed again (``stats.reused_tokens``). Tokens are compared; a prompt given as text is
+    tokenised anew. Memory is bounded: one set of caches, of ``max_tokens`` positions. A call that
+    follows a plan of other capacities (``tune`` finds one for greedy decoding and one for
+    sampling) starts afresh.
 
     Args:
       stack: from :func:`ssd_jax.load`.
