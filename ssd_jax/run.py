@@ -15,8 +15,10 @@ from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack
 from ssd_jax.stopping import Follower
 
-# Tokens between two looks at a text that is streamed, or that may be stopped from outside the loop.
+# A text that is streamed, or that may be stopped from outside the loop, is looked at after so many
+# tokens, or seconds if they come more slowly.
 CHUNK = 16
+CHUNK_SECONDS = 0.1
 
 
 class Row:
@@ -113,7 +115,7 @@ class Run:
 
     def __iter__(self) -> Iterator[list[str]]:
         began = time.perf_counter() - self.seconds
-        step = CHUNK if any(row.follower for row in self.rows) else None
+        step = 1 if any(row.follower for row in self.rows) else None  # the first text comes soon
         while True:
             self.seconds = time.perf_counter() - began
             yield [row.look(self.batch, i, self.seconds) for i, row in enumerate(self.rows)]
@@ -121,7 +123,11 @@ class Run:
             self.batch.halt([i for i in ended if not self.batch.finished(i)])
             if not self.batch.running:
                 break
+            spent, length = self.batch.seconds, self.batch.length
             self.batch.advance(step)
+            if step is not None:
+                each = (self.batch.seconds - spent) / max(self.batch.length - length)
+                step = min(max(int(CHUNK_SECONDS / each), 1), CHUNK)
 
     def results(self) -> list[GenerationResult]:
         """Of all rows, once they have ended."""
