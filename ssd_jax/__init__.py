@@ -19,20 +19,28 @@ from typing import TYPE_CHECKING, Any
 from ssd_jax import xla_flags as _xla_flags
 
 if TYPE_CHECKING:
+    from ssd_jax.batch import GenerationResult as GenerationResult
+    from ssd_jax.batch import Stats as Stats
     from ssd_jax.errors import SsdError as SsdError
-    from ssd_jax.generate import GenerationResult as GenerationResult
-    from ssd_jax.generate import Stats as Stats
+    from ssd_jax.generate import Stream as Stream
     from ssd_jax.generate import generate as generate
+    from ssd_jax.generate import stream as stream
+    from ssd_jax.generation_config import GenerationConfig as GenerationConfig
     from ssd_jax.plan import Plan as Plan
+    from ssd_jax.session import Session as Session
     from ssd_jax.stack import Stack as Stack
     from ssd_jax.stack import load as load
     from ssd_jax.tuning.tuner import tune as tune
 
 _MODULES = {
+    "GenerationConfig": "generation_config",
+    "GenerationResult": "batch",
+    "Session": "session",
     "SsdError": "errors",
-    "GenerationResult": "generate",
-    "Stats": "generate",
+    "Stats": "batch",
+    "Stream": "generate",
     "generate": "generate",
+    "stream": "generate",
     "Plan": "plan",
     "Stack": "stack",
     "load": "stack",

@@ -22,7 +22,7 @@ from ssd_jax.errors import CheckpointError, PromptError, SsdError
 from ssd_jax.plan import DEFAULT, MODES
 
 if TYPE_CHECKING:
-    from ssd_jax.generate import GenerationResult
+    from ssd_jax.batch import GenerationResult
 
 COMPARE_REPEATS = 3  # odd, so that the median is one of the runs
 EXIT_USER_ERROR = 2
@@ -33,6 +33,9 @@ examples:
   decode.py "def fibonacci(n):"
   decode.py --compare --max-new-tokens 64 "class Stack:"
   decode.py --temperature 0.8 --top-p 0.95 --seed 7 --json - < prompt.py
+  decode.py --stop $'\ndef ' --stop $'\nclass ' --max-time 5 "def fibonacci(n):"
+  decode.py --temperature 1 --top-k 50 --n 4 "def fibonacci(n):"
+  decode.py --logprobs 5 --json "def fibonacci(n):"
   decode.py --oracle ./oracle --draft ./draft --ngram ngram.safetensors "import os"
 
 Compiled programs are kept for the next run in the user's cache folder, or below $SSD_JAX_CACHE;
@@ -73,6 +76,19 @@ def temperature(text: str) -> float:
     if not (math.isfinite(value) and value >= 0.0):
         raise argparse.ArgumentTypeError(f"must be finite and not negative, not {text}")
     return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0.0):
+        raise argparse.ArgumentTypeError(f"must be finite and positive, not {text}")
+    return value
+
+
+def not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def top_p(text: str) -> float:
@@ -150,11 +166,35 @@ def build_parser() -> Parser:
     group.add_argument("--top-k", metavar="K", type=top_k, help="0 for the whole vocabulary")
     group.add_argument("--top-p", metavar="P", type=top_p)
     group.add_argument("--seed", metavar="S", type=seed, default=0)
+    group.add_argument(
+        "--n",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="so many continuations, with the seeds S, S + 1 and so on",
+    )
+    group.add_argument(
+        "--stop",
+        metavar="TEXT",
+        type=not_empty,
+        action="append",
+        default=[],
+        help="end the text before TEXT; may be repeated",
+    )
+    group.add_argument(
+        "--max-time", metavar="SECONDS", type=seconds, help="begin no new tokens after that"
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--compare", action="store_true", help="measure all modes and compare their output"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--logprobs",
+        metavar="K",
+        type=top_k,
+        help="with --json: each token's log-probability and K alternatives",
+    )
     group.add_argument(
         "--verbose",
         action="store_true",
@@ -176,6 +216,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give exactly one of PROMPT, --prompt-file and --prompt-tokens")
     if args.plan and args.mode == "baseline":
         parser.error("--plan says how to speculate, which --mode baseline does not")
+    if args.logprobs is not None and not args.json:
+        parser.error("--logprobs are printed with --json only; add it")
+    if args.n > 1 and (args.compare or args.svg):
+        parser.error("--compare and --svg are of one text; leave --n at 1")
     return args
 
 
@@ -302,6 +346,7 @@ def describe(measurement: Measurement) -> dict[str, Any]:
     return {
         "new_tokens": int(stats.new_tokens),
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
         "seconds": finite(stats.seconds),
         "compile_seconds": finite(measurement.warm_up.stats.compile_seconds),
         "from_cache": measurement.warm_up.stats.from_cache,
@@ -323,6 +368,12 @@ def json_object(mode: str, measurements: dict[str, Measurement]) -> dict[str, An
         "mode": mode,
         **describe(measurements[mode]),
     }
+    if result.logprobs is not None:
+        document["logprobs"] = [finite(value) for value in result.logprobs]
+        document["top_logprobs"] = [
+            [{"token": token, "logprob": finite(value)} for token, value in top.items()]
+            for top in result.top_logprobs or ()
+        ]
     if len(measurements) > 1:
         document["compare"] = {name: describe(m) for name, m in measurements.items()}
         document["output_identical"] = output_identical(measurements)
@@ -464,22 +515,17 @@ def _decode(args: argparse.Namespace) -> None:
     stack, plan = load_stack(args, laps)
     import ssd_jax
 
-    def decode(mode: str, on_text: Callable[[str], None] | None = None) -> GenerationResult:
-        return ssd_jax.generate(
-            stack,
-            prompt,
-            max_new_tokens=args.max_new_tokens,
-            mode=mode,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            plan=plan if mode == args.mode else None,  # a plan is made for one mode
-            on_text=on_text,
-        )
+    def decode(mode: str, on_text: Callable[[str], None] | None = None, **more) -> Any:
+        own = plan if mode == args.mode else None  # a plan is made for one mode
+        options = config_options(args) | more
+        return ssd_jax.generate(stack, prompt, mode=mode, plan=own, on_text=on_text, **options)
 
     if args.verbose:
         _show_plan(stack, args, plan)
+    if args.n > 1:
+        with _console().status("compiling and decoding"):
+            samples = decode(args.mode, num_return_sequences=args.n)
+        return _print_samples(args, prompt, samples)
     first = _first_run(decode, args, prompt, laps)
     if args.verbose:
         _print_start(laps, first)
@@ -495,6 +541,34 @@ def _decode(args: argparse.Namespace) -> None:
         _print_summary(first)
     if args.json:
         print(json.dumps(json_object(args.mode, measurements), allow_nan=False), flush=True)
+
+
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of one continuation, under the names of ``GenerationConfig``."""
+    return dict(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_strings=args.stop,
+        max_time=args.max_time,
+        logprobs=args.logprobs,
+    )
+
+
+def _print_samples(
+    args: argparse.Namespace, prompt: str | list[int], samples: Sequence[GenerationResult]
+) -> None:
+    """Several continuations, each below a line that says how to get it alone."""
+    objects = [json_object(args.mode, {args.mode: Measurement(one, [])}) for one in samples]
+    if args.json:
+        print(json.dumps({"mode": args.mode, "samples": objects}, allow_nan=False), flush=True)
+        return
+    for i, one in enumerate(samples):
+        text = one.text or ",".join(map(str, one.tokens))
+        shown = prompt if isinstance(prompt, str) else ""
+        print(f"== seed {(args.seed + i) % 2**64} ({one.finish_reason})\n{shown}{text}", flush=True)
 
 
 def _show_plan(stack, args: argparse.Namespace, plan) -> None:

@@ -32,6 +32,34 @@ RUNNING, ENDED, LIMITED = 0, 1, 2
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """The oracle's log-probabilities at some positions ``...``: of its own distribution, before
+    temperature, filters and noise.
+
+    Attributes:
+      chosen: ``[B, ...]`` float32, of the token that was chosen.
+      top_token: ``[B, ..., A]`` int32, the most probable tokens, best first.
+      top: ``[B, ..., A]`` float32, theirs.
+    """
+
+    chosen: jax.Array
+    top_token: jax.Array
+    top: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, positions: int, alternatives: int) -> LogProbs:
+        """Nothing written yet, on the host."""
+        shape = (batch, positions)
+        fields: Any = dict(
+            chosen=np.zeros(shape, np.float32),
+            top_token=np.zeros((*shape, alternatives), np.int32),
+            top=np.zeros((*shape, alternatives), np.float32),
+        )
+        return cls(**fields)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Trace:
     """Written by the loop, never read by it; one write for all tokens of a round and one for the
     round itself.
@@ -39,10 +67,12 @@ class Trace:
     Attributes:
       tokens: ``[B, 2, S']`` int32, ``origin`` and the bits of ``margin``.
       rounds: ``[R, B + M + 1]`` int32, ``length``, ``passes`` and ``width``.
+      log_probs: of each committed token, at ``[B, S']``; ``None`` keeps them out of the program.
     """
 
     tokens: jax.Array
     rounds: jax.Array
+    log_probs: LogProbs | None = None
 
     @property
     def origin(self) -> jax.Array:
@@ -107,6 +137,9 @@ def init_state(
     limit: np.ndarray,
     eos: np.ndarray,
     capacities: Capacities,
+    *,
+    alternatives: int | None = None,
+    caches: tuple[KVCache, ...] | None = None,
 ) -> DecodeState:
     """The state before the first round: the prompt is committed, the caches are empty.
 
@@ -117,6 +150,9 @@ def init_state(
       limit: ``[B]`` int32, at most ``capacities.text``.
       eos: ``[B, F]`` int32.
       capacities: see :class:`~ssd_jax.plan.Capacities`.
+      alternatives: A, to have log-probabilities in the trace.
+      caches: of an earlier state of the same capacities, settled, each less than ``length`` long,
+        instead of empty ones.
     """
     batch = text.shape[0]
     buffer = (batch, capacities.buffer)
@@ -135,8 +171,10 @@ def init_state(
     trace: Any = dict(
         tokens=np.stack([np.zeros(buffer, np.int32), unknown.view(np.int32)], axis=1),
         rounds=np.zeros((capacities.text, batch + len(models) + 1), np.int32),
+        log_probs=None if alternatives is None else LogProbs.empty(*buffer, alternatives),
     )
-    caches = tuple(m.init_cache(batch, capacities.slots(i)) for i, m in enumerate(models))
+    if caches is None:
+        caches = tuple(m.init_cache(batch, capacities.slots(i)) for i, m in enumerate(models))
     host, trace = jax.device_put((host, trace))
     return DecodeState(caches=caches, trace=Trace(**trace), **host)
 
@@ -222,7 +260,7 @@ def speculative_step(
     rnd = new_round(models, tables, state, sampling, policy, capacities, noise)
     caches, caught_up = _catch_up(rnd, state)
     tree, drafts = stages.grow(rnd, 1, plant(rnd, caches[1:]), caches[1:])
-    verdict, oracle = _verify(rnd, tree, caches[0], state.pace)
+    verdict, oracle = _verify(rnd, tree, caches[0], state)
     emitted = _emit(state, tree, verdict)
     return _advance(rnd, state, tree, (oracle, *drafts), caught_up, verdict, emitted), tree, verdict
 
@@ -312,6 +350,7 @@ class Verdict:
       margin: ``[B, D + 1]`` float32, by how much each choice won.
       slot: ``[B, D + 1]`` int32, where the path lies in the oracle's cache.
       rows: int32, width of the oracle's pass.
+      log_probs: of these choices, at ``[B, D + 1]``, if the trace wants them.
     """
 
     evaluated: jax.Array
@@ -321,25 +360,32 @@ class Verdict:
     margin: jax.Array
     slot: jax.Array
     rows: jax.Array
+    log_probs: LogProbs | None
 
 
-def _verify(rnd: Round, tree: TokenTree, cache: KVCache, pace: Pace) -> tuple[Verdict, KVCache]:
+def _verify(
+    rnd: Round, tree: TokenTree, cache: KVCache, state: DecodeState
+) -> tuple[Verdict, KVCache]:
     """One oracle pass over the best nodes of the tree."""
     width = rnd.capacities.widths[0]
     eligible = tree.valid & (tree.depth >= 0)
     nodes, found = trees.best_nodes(tree.value, eligible, width, rnd.policy.width[0])
     first = cache.length + (0 if cache.pending is None else cache.pending.shape[1])
+    wanted = state.trace.log_probs
     if rnd.capacities.narrower:
         widths = (*rnd.capacities.narrower, width)
         chances = jnp.where(found & rnd.active[:, None], jnp.exp(at(tree.value, nodes)), 0.0)
         active = jnp.maximum(jnp.sum(rnd.active), 1).astype(jnp.float32)
         gain = jnp.sum(chances, axis=0) / active
-        index = best_width(pace, gain, widths, rnd.policy.row_cost)
-        token, margin, cache = _decide_any(rnd, tree, cache, nodes, found, widths, index)
+        index = best_width(state.pace, gain, widths, rnd.policy.row_cost)
+        choice, cache = _decide_any(
+            rnd, tree, cache, nodes, found, widths, index, keep_logits=wanted is not None
+        )
         rows = jnp.asarray(widths)[index]
     else:
-        token, margin, cache = _decide(rnd, tree, cache, nodes, found)
+        choice, cache = _decide(rnd, tree, cache, nodes, found, keep_logits=wanted is not None)
         rows = jnp.int32(width)
+    token, margin, *logits = choice
     limit = jnp.minimum(rnd.policy.width[0], rows)
     row, evaluated = trees.rows_of_best(tree.value, eligible, width, limit)
     root = rnd.capacities.trunk - 1
@@ -347,23 +393,49 @@ def _verify(rnd: Round, tree: TokenTree, cache: KVCache, pace: Pace) -> tuple[Ve
         tree, evaluated, at(token, row), root, rnd.capacities.depth
     )
     on_path = at(row, path)
-    slot = first[:, None] + on_path
     verdict = Verdict(
-        evaluated, path, accepted, at(token, on_path), at(margin, on_path), slot, rows
+        evaluated=evaluated,
+        path=path,
+        accepted=accepted,
+        token=at(token, on_path),
+        margin=at(margin, on_path),
+        slot=first[:, None] + on_path,
+        rows=rows,
+        log_probs=None,
     )
+    if wanted is not None:
+        chances = _log_probs(logits[0], on_path, verdict.token, wanted.top.shape[-1])
+        verdict = dataclasses.replace(verdict, log_probs=chances)
     return verdict, cache
 
 
+def _log_probs(logits: jax.Array, rows: jax.Array, token: jax.Array, alternatives: int) -> LogProbs:
+    """Of ``token`` ``[B, P]`` and its best alternatives, by ``rows`` ``[B, P]`` of ``logits``."""
+    logits = jnp.take_along_axis(logits, rows[:, :, None], axis=1, mode="promise_in_bounds")
+    total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, token[:, :, None], axis=2, mode="promise_in_bounds")
+    top, top_token = lax.top_k(logits, alternatives)
+    return LogProbs(chosen[:, :, 0] - total, top_token, top - total[:, :, None])
+
+
 def _decide(
-    rnd: Round, tree: TokenTree, cache: KVCache, nodes: jax.Array, found: jax.Array
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """The oracle's tokens after some nodes ``[B, W]``, their margins, and its cache."""
+    rnd: Round,
+    tree: TokenTree,
+    cache: KVCache,
+    nodes: jax.Array,
+    found: jax.Array,
+    *,
+    keep_logits: bool,
+) -> tuple[tuple[jax.Array, ...], KVCache]:
+    """The oracle's tokens after some nodes ``[B, W]`` and their margins, with its logits
+    ``[B, W, V]`` if they are to be kept; and its cache."""
     if rnd.capacities.widths[0] == 1:
         logits, cache = _evaluate_root(rnd, cache)
     else:
         logits, cache = _evaluate_tree(rnd, tree, cache, nodes, found)
-    logits = stages.processed(rnd, tree, nodes, logits)
-    return *choose(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw), cache
+    scored = stages.processed(rnd, tree, nodes, logits)
+    choice = choose(scored, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw)
+    return (*choice, logits) if keep_logits else choice, cache
 
 
 def _decide_any(
@@ -374,19 +446,26 @@ def _decide_any(
     found: jax.Array,
     widths: tuple[int, ...],
     index: jax.Array,
-) -> tuple[jax.Array, jax.Array, KVCache]:
+    *,
+    keep_logits: bool,
+) -> tuple[tuple[jax.Array, ...], KVCache]:
     """:func:`_decide` for the best ``widths[index]`` nodes; what lies beyond is arbitrary."""
-    token, margin = jnp.zeros(nodes.shape, jnp.int32), jnp.zeros(nodes.shape)
-    carry = (index, token, margin, cache)
+    choice = (jnp.zeros(nodes.shape, jnp.int32), jnp.zeros(nodes.shape))
+    if keep_logits:
+        choice += (jnp.zeros((*nodes.shape, rnd.models[0].config.vocab_size)),)
+    carry = (index, choice, cache)
     # A chain of loops of at most one turn: lax.switch would copy every cache in every branch.
     for this, width in enumerate(widths):
 
         def turn(carry, width=width):
-            _, token, margin, cache = carry
-            chosen, lead, cache = _decide(rnd, tree, cache, nodes[:, :width], found[:, :width])
-            token = lax.dynamic_update_slice(token, chosen, (0, 0))
-            margin = lax.dynamic_update_slice(margin, lead, (0, 0))
-            return jnp.int32(-1), token, margin, cache
+            _, choice, cache = carry
+            nodes_now, found_now = nodes[:, :width], found[:, :width]
+            made, cache = _decide(rnd, tree, cache, nodes_now, found_now, keep_logits=keep_logits)
+            choice = tuple(
+                lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+                for old, new in zip(choice, made, strict=True)
+            )
+            return jnp.int32(-1), choice, cache
 
         carry = lax.while_loop(lambda carry, this=this: carry[0] == this, turn, carry)
     return carry[1:]
@@ -507,6 +586,11 @@ def _advance(
     trace = Trace(
         tokens=_write(state.trace.tokens, tokens, state.length),
         rounds=lax.dynamic_update_index_in_dim(state.trace.rounds, entry, state.rounds, 0),
+        log_probs=jax.tree.map(
+            lambda buffer, row: _write(buffer, row, state.length, axis=1),
+            state.trace.log_probs,
+            verdict.log_probs,
+        ),
     )
     return dataclasses.replace(
         state,
@@ -540,10 +624,11 @@ def _keep_pace(
     return after_round(pace, committed, 1 + looked_at + drafted)
 
 
-def _write(buffer: jax.Array, row: jax.Array, offset: jax.Array) -> jax.Array:
-    """Write ``row[b]`` into ``buffer[b]``, along the last axis from ``offset[b]`` on. Entries past
+def _write(buffer: jax.Array, row: jax.Array, offset: jax.Array, axis: int = -1) -> jax.Array:
+    """Write ``row[b]`` into ``buffer[b]``, along an axis from ``offset[b]`` on. Entries past
     what was emitted land above the new length, where the next round overwrites them."""
     for b in range(buffer.shape[0]):
-        start = (b, *(buffer.ndim - 2) * (0,), offset[b])
+        start: list[Any] = [b, *(buffer.ndim - 1) * (0,)]
+        start[axis] = offset[b]
         buffer = lax.dynamic_update_slice(buffer, row[b : b + 1], start)
     return buffer

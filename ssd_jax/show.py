@@ -13,7 +13,7 @@ from ssd_jax.errors import PromptError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from ssd_jax.generate import GenerationResult
+    from ssd_jax.batch import GenerationResult
     from ssd_jax.stack import Stack
 
 # One style a stage; further drafts reuse the draft's.

@@ -30,6 +30,7 @@ JSON_KEYS = {
     "mode",
     "new_tokens",
     "finish_reason",
+    "stop_reason",
     "seconds",
     "compile_seconds",
     "from_cache",
@@ -48,6 +49,9 @@ def make_result(seconds=2.0, compile_seconds=0.0, tokens=(5, 6, 7)):
         tokens=list(tokens),
         origins=["draft", "ngram", "oracle"],
         finish_reason="eos",
+        stop_reason=0,
+        logprobs=None,
+        top_logprobs=None,
         stats=SimpleNamespace(
             rounds=2,
             tokens_per_oracle_pass=1.5,
@@ -146,18 +150,50 @@ def test_options_reach_the_engine(engine, tmp_path):
     plain = cli.main(["x"])
     full = run(
         "x --mode speculative --max-new-tokens 9 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7"
-        " --checkpoint trio --dtype bfloat16 --tokenizer t.json"
+        " --checkpoint trio --dtype bfloat16 --tokenizer t.json --stop A --stop B --max-time 1.5"
     )
     assert (plain, full) == (0, 0)
     assert engine.calls == [
         dict(prompt="x", mode="staged", max_new_tokens=128, temperature=0.0)
-        | dict(top_k=None, top_p=None, seed=0, plan=None),
+        | dict(top_k=None, top_p=None, seed=0, plan=None)
+        | dict(stop_strings=[], max_time=None, logprobs=None),
         dict(prompt="x", mode="speculative", max_new_tokens=9, temperature=0.8)
-        | dict(top_k=50, top_p=0.95, seed=7, plan=None),
+        | dict(top_k=50, top_p=0.95, seed=7, plan=None)
+        | dict(stop_strings=["A", "B"], max_time=1.5, logprobs=None),
     ]
     assert engine.loads == [
         (tmp_path, dict(tokenizer=None, dtype=None)),
         ("trio", dict(tokenizer="t.json", dtype="bfloat16")),
+    ]
+
+
+def test_several_samples(engine, capsys, monkeypatch):
+    def generate(stack, prompt, *, num_return_sequences, seed, **_):
+        return [make_result(tokens=(seed + i,)) for i in range(num_return_sequences)]
+
+    monkeypatch.setattr(ssd_jax, "generate", generate)
+    assert run("--n 3 --seed 7 x") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("==")] == [
+        f"== seed {seed} (eos)" for seed in (7, 8, 9)
+    ]
+    assert lines[1] == "xreturn a + b"
+    assert run("--n 3 --seed 7 --json x") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [one["tokens"] for one in document["samples"]] == [[7], [8], [9]]
+    assert all(set(one) == JSON_KEYS for one in document["samples"])
+
+
+def test_log_probabilities_in_json(engine, capsys, monkeypatch):
+    result = make_result()
+    result.logprobs, result.top_logprobs = [-0.5, float("-inf"), 0.0], [{5: -0.5}, {6: -1.0}, {}]
+    monkeypatch.setattr(ssd_jax, "generate", lambda *_, **options: result)
+    assert run("--logprobs 1 --json x") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["logprobs"] == [-0.5, None, 0.0]
+    assert document["top_logprobs"][:2] == [
+        [{"token": 5, "logprob": -0.5}],
+        [{"token": 6, "logprob": -1.0}],
     ]
 
 
@@ -276,6 +312,14 @@ def test_numbers_that_json_lacks_become_null(engine, monkeypatch, capsys):
         ("x --ngram a", "--oracle"),
         ("x --mode baseline --plan p.json", "--plan"),
         ("x --nonsense", "--nonsense"),
+        ("x --stop ''", "--stop"),
+        ("x --max-time 0", "--max-time"),
+        ("x --max-time inf", "--max-time"),
+        ("x --logprobs 3", "--json"),
+        ("x --logprobs -1 --json", "--logprobs"),
+        ("x --n 0", "--n"),
+        ("x --n 2 --compare", "--n"),
+        ("x --n 2 --svg f", "--n"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(engine, capsys, arguments, names):

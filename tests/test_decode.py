@@ -10,9 +10,9 @@ import reference
 import toys
 
 from ssd_jax import decode as engine
+from ssd_jax.batch import first_state
 from ssd_jax.checkpoint import save_model
 from ssd_jax.compiled import cache_sized_copies, described, gpu_device
-from ssd_jax.generate import first_state
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
 from ssd_jax.sampling import Sampling
 

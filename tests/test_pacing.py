@@ -9,7 +9,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_jax.generate import generate_batch
+from ssd_jax.batch import generate_batch
 from ssd_jax.pacing import Pace, after_round, best_width
 from ssd_jax.plan import DraftPlan, NGramPlan, Plan
 from ssd_jax.sampling import Sampling

@@ -11,9 +11,10 @@ import toys
 
 import ssd_jax
 from ssd_jax import tuned
+from ssd_jax.batch import generate_batch
 from ssd_jax.costs import PassCosts
 from ssd_jax.errors import PlanError, PromptError, SamplingError
-from ssd_jax.generate import generate_batch, resolve_plan
+from ssd_jax.generate import resolve_plan
 from ssd_jax.plan import DraftPlan, NGramPlan, Plan
 from ssd_jax.sampling import Sampling
 from ssd_jax.tuning import command, cost, tuner

@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from ssd_jax.gpt2 import GPT2, GPT2Config
 from ssd_jax.ngram import KatzModel
 from ssd_jax.stack import Stack
+from ssd_jax.tokenizer import Tokenizer
 
 VOCAB = 53
 
@@ -53,3 +55,18 @@ def stack(agreement: str = "between", drafts: int = 1, ngram: bool = True, **fie
         tuple(kinds[agreement](i) for i in range(drafts)),
         katz() if ngram else None,
     )
+
+
+def byte_tokenizer(vocab: int = 270) -> Tokenizer:
+    """A byte-level tokenizer with a few merges, so that tokens hold parts of characters."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["def f(x): return x + 1\n" * 40, "é漢字" * 40] * 4, trainer)
+    return Tokenizer(backend)

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from ssd_jax import decode as engine
+from ssd_jax.batch import first_state
 from ssd_jax.benchmark.measure import Record
-from ssd_jax.generate import first_state
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack

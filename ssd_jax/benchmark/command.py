@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from ssd_jax.benchmark.summary import BASELINE, SAMPLED, Costs, of_kind, summari
 from ssd_jax.benchmark.tables import remarks, summary_tables
 
 if TYPE_CHECKING:
+    from ssd_jax.batch import GenerationResult
     from ssd_jax.benchmark.peers import Peer
     from ssd_jax.plan import Plan
     from ssd_jax.stack import Stack
@@ -223,15 +223,12 @@ def _runner(stack: Stack, greedy: Plan, sampled: Plan, max_new_tokens: int) -> R
 
     def runner(prompt: str, *, temperature: float, **options) -> Record:
         tokens = encode_prompt(stack, prompt)
-        generate = partial(
-            ssd_jax.generate,
-            stack,
-            tokens,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            plan=sampled if temperature > 0 else greedy,
-            **options,
-        )
+        options |= dict(max_new_tokens=max_new_tokens, temperature=temperature)
+        plan = sampled if temperature > 0 else greedy
+
+        def generate() -> GenerationResult:
+            return ssd_jax.generate(stack, tokens, plan=plan, **options)
+
         return {"prompt_tokens": len(tokens)} | measure.timed(generate, stack)
 
     return runner

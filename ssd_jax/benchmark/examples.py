@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ssd_jax.batch import bucket, first_state
 from ssd_jax.decode import RUNNING, prefill, speculative_step
-from ssd_jax.generate import bucket, encode_prompt, first_state, generate
+from ssd_jax.generate import encode_prompt, generate
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
 from ssd_jax.show import pieces

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ssd_jax import cli
 
 if TYPE_CHECKING:
+    from ssd_jax.batch import GenerationResult
     from ssd_jax.benchmark.peers import PeerRun
-    from ssd_jax.generate import GenerationResult
     from ssd_jax.stack import Stack
 
 SAMPLINGS: dict[str, dict[str, Any]] = {

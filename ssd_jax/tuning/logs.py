@@ -15,8 +15,8 @@ from jax import lax
 from ssd_jax import decode as engine
 from ssd_jax import stages
 from ssd_jax import tree as trees
+from ssd_jax.batch import first_state
 from ssd_jax.errors import PlanError
-from ssd_jax.generate import first_state
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
 from ssd_jax.sampling import Sampling, gumbel_noise, scores

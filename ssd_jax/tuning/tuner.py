@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ssd_jax import tuned
+from ssd_jax.batch import GenerationResult, Stats, bucket, generate_batch
 from ssd_jax.errors import PromptError, SamplingError
-from ssd_jax.generate import (
-    GenerationResult,
-    Stats,
-    bucket,
-    encode_prompt,
-    generate_batch,
-    resolve_plan,
-)
+from ssd_jax.generate import encode_prompt, resolve_plan
 from ssd_jax.plan import DEFAULT, Plan
 from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack
