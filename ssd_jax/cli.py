@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssd_jax.errors import CheckpointError, PromptError, SsdError
+from ssd_jax import shipped
+from ssd_jax.errors import PromptError, SsdError
 from ssd_jax.plan import DEFAULT, MODES
 
 if TYPE_CHECKING:
@@ -92,7 +93,11 @@ def _token_ids(text: str) -> list[int]:
 def add_stack_arguments(parser: argparse.ArgumentParser, *, plan: bool = True) -> None:
     """The arguments that :func:`load_stack` reads, with or without ``--plan``."""
     group = parser.add_argument_group("models")
-    group.add_argument("--checkpoint", metavar="DIR", help="trio folder (default: python-small)")
+    group.add_argument(
+        "--checkpoint",
+        metavar="X",
+        help="a trio: a folder, or the name of a shipped one (default: python-small)",
+    )
     group.add_argument("--oracle", metavar="X", help="oracle: a folder or a hub name")
     group.add_argument(
         "--draft",
@@ -111,7 +116,7 @@ def add_stack_arguments(parser: argparse.ArgumentParser, *, plan: bool = True) -
             "--plan",
             metavar="FILE",
             help=f"speculation plan, a JSON file, or {DEFAULT!r}; left out, mode staged follows "
-            "the plan that tune.py found for this device and these models, if it has run",
+            "the plan that tuning found for this device and these models, if it has run",
         )
 
 
@@ -122,12 +127,12 @@ def check_stack_arguments(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--draft and --ngram need --oracle; name the oracle too")
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str = "decode.py") -> Parser:
     parser = Parser(
-        prog="decode.py",
+        prog=prog,
         description="Continue a prompt by staged speculative decoding. The text is the one "
         "that the oracle alone would write; the mode only changes the speed.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace("decode.py", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads stdin")
@@ -164,9 +169,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, prog: str = "decode.py") -> argparse.Namespace:
     """Parse and cross-check; exits with status 2 after one line if something is wrong."""
-    parser = build_parser()
+    parser = build_parser(prog)
     args = parser.parse_args(argv)
     check_stack_arguments(parser, args)
     sources = (args.prompt, args.prompt_file, args.prompt_tokens)
@@ -199,18 +204,8 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
 
 
 def shipped_checkpoint() -> Path:
-    """The folder of the trio that comes with the repository.
-
-    Raises:
-      CheckpointError: this installation has none.
-    """
-    path = Path(__file__).resolve().parent.parent / "checkpoints" / "python-small"
-    if not path.is_dir():
-        raise CheckpointError(
-            "no shipped checkpoints/python-small beside this installation; "
-            "give --checkpoint DIR or --oracle X"
-        )
-    return path
+    """The folder of the default trio; :class:`CheckpointError` if this installation has none."""
+    return shipped.locate(shipped.DEFAULT)
 
 
 class Laps:
@@ -538,7 +533,7 @@ def _fail(prefix: str, message: str) -> int:
     return EXIT_USER_ERROR
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "decode.py") -> int:
     """Entry point of ``scripts/decode.py``; returns the exit status."""
-    args = parse_args(argv)
+    args = parse_args(argv, prog)
     return run_command(lambda: _decode(args))

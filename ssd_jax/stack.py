@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ssd_jax import checkpoint
+from ssd_jax import checkpoint, shipped
 from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.ngram import KatzModel, NGramTables
@@ -123,8 +123,9 @@ def load(
     """Load a stack.
 
     Args:
-      path: a trio folder: ``oracle/``, ``draft/`` (``draft2/`` ...) as Hugging Face folders and
-        ``ngram.safetensors``; drafts and n-gram may be absent.
+      path: the name of a shipped trio (``python-small``), or a trio folder: ``oracle/``,
+        ``draft/`` (``draft2/`` ...) as Hugging Face folders and ``ngram.safetensors``; drafts and
+        n-gram may be absent.
       oracle: instead of ``path``, a Hugging Face folder, a hub name, or a model.
       drafts: the same for each draft, largest first.
       ngram: a file written by :meth:`~ssd_jax.ngram.KatzModel.save`, or a model.
@@ -144,7 +145,7 @@ def load(
             raise ConfigError(
                 "a trio folder brings its own drafts and n-gram; pass oracle= instead"
             )
-        oracle, drafts, ngram = _parts(Path(path))
+        oracle, drafts, ngram = _parts(shipped.locate(path))
     assert oracle is not None
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
