@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssd_jax import shipped
+from ssd_jax import progress, shipped
 from ssd_jax.errors import PromptError, SsdError
 from ssd_jax.plan import DEFAULT, MODES
 
@@ -164,6 +164,21 @@ def build_parser(prog: str = "decode.py") -> Parser:
         help="also show the plan, where it comes from, and where the time to the first text went",
     )
     group.add_argument(
+        "--color",
+        action="store_true",
+        help="colour each token by the stage that proposed it (on a terminal, unless NO_COLOR)",
+    )
+    group.add_argument("--stats", action="store_true", help="show how the text came about")
+    group.add_argument(
+        "--html", metavar="FILE", help="write a page: the text by origin, and each round's tree"
+    )
+    group.add_argument(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="ask for prompts until /quit; /help there lists the commands",
+    )
+    group.add_argument(
         "--svg", metavar="FILE", help="draw the text, coloured by the stage that proposed it"
     )
     return parser
@@ -175,7 +190,10 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "decode.py") -> ar
     args = parser.parse_args(argv)
     check_stack_arguments(parser, args)
     sources = (args.prompt, args.prompt_file, args.prompt_tokens)
-    if sum(source is not None for source in sources) != 1:
+    given = sum(source is not None for source in sources)
+    if args.interactive and (given or args.json or args.compare or args.html or args.svg):
+        parser.error("--interactive asks for prompts; give none, nor what is said of one text")
+    if not args.interactive and given != 1:
         parser.error("give exactly one of PROMPT, --prompt-file and --prompt-tokens")
     if args.plan and args.mode == "baseline":
         parser.error("--plan says how to speculate, which --mode baseline does not")
@@ -227,7 +245,7 @@ class Laps:
 def load_stack(args: argparse.Namespace, lap: Callable[[str], None] = lambda name: None):
     """What :func:`add_stack_arguments` named: the stack; and a plan, ``DEFAULT`` or ``None``."""
     path = None if args.oracle else args.checkpoint or shipped_checkpoint()
-    with _console().status("importing JAX"):
+    with progress.stages("importing JAX"):
         import ssd_jax
         import ssd_jax.generate  # the package imports only what is asked for
         from ssd_jax.plan import Plan
@@ -235,7 +253,7 @@ def load_stack(args: argparse.Namespace, lap: Callable[[str], None] = lambda nam
     plan = getattr(args, "plan", None)
     if plan not in (None, DEFAULT):
         plan = Plan.load(plan)  # before the weights: it is quick to fail
-    with _console().status("loading the models"):
+    with progress.stages("loading the models"):
         if path is not None:
             stack = ssd_jax.load(path, tokenizer=args.tokenizer, dtype=args.dtype)
         else:
@@ -388,8 +406,8 @@ def _first_run(
     decode, args: argparse.Namespace, prompt: str | list[int], lap: Callable[[str], None]
 ) -> GenerationResult:
     """Run ``args.mode`` once, showing the text as it comes unless ``--json`` is set."""
-    with _console().status("compiling and decoding") as status:
-        if args.json:
+    with progress.stages("decoding") as status:
+        if args.json or _colored(args):
             result = decode(args.mode)
             lap("text")
             return result
@@ -397,6 +415,13 @@ def _first_run(
         result = decode(args.mode, on_text=printer)
         printer.finish(result)
         return result
+
+
+def _colored(args: argparse.Namespace) -> bool:
+    """Whether the text is shown once it is complete, in colours."""
+    from ssd_jax import show
+
+    return args.color and not args.json and show.has_colors()
 
 
 def modes_of(stack) -> list[str]:
@@ -408,7 +433,7 @@ def _compare(
     decode, modes: Sequence[str], mode: str, first: GenerationResult
 ) -> dict[str, Measurement]:
     """Measure ``modes``; ``first`` is ``mode``'s warm-up."""
-    with _console().status("measuring all modes"):
+    with progress.stages("measuring all modes"):
         return measure(decode, {name: first if name == mode else decode(name) for name in modes})
 
 
@@ -476,10 +501,7 @@ def _decode(args: argparse.Namespace) -> None:
     first = _first_run(decode, args, prompt, laps)
     if args.verbose:
         _print_start(laps, first)
-    if args.svg:
-        from ssd_jax import show
-
-        show.save_svg(args.svg, stack, first, prompt if isinstance(prompt, str) else "")
+    _show(stack, args, prompt, plan, first)
     measurements = {args.mode: Measurement(first, [])}
     if args.compare:
         measurements = _compare(decode, modes_of(stack), args.mode, first)
@@ -488,6 +510,37 @@ def _decode(args: argparse.Namespace) -> None:
         _print_summary(first)
     if args.json:
         print(json.dumps(json_object(args.mode, measurements), allow_nan=False), flush=True)
+
+
+def _show(stack, args: argparse.Namespace, prompt, plan, result: GenerationResult) -> None:
+    """The ways of looking at a text that were asked for."""
+    from ssd_jax import show
+
+    text = prompt if isinstance(prompt, str) else ""
+    if _colored(args):
+        show.print_colored(stack, result, text)
+    if args.svg:
+        show.save_svg(args.svg, stack, result, text)
+    options = {name: getattr(args, name) for name in _OPTIONS}
+    if args.stats:
+        show.print_stats(result, **options)
+    if args.html:
+        from ssd_jax.generate import resolve_plan
+        from ssd_jax.pages import text as page
+
+        with progress.stages("running the rounds one by one"):
+            plan, _ = resolve_plan(stack, args.mode, plan, sampled=args.temperature > 0)
+            page.save(args.html, stack, prompt, result, plan, **options)
+
+
+_OPTIONS = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+
+
+def _interact(args: argparse.Namespace) -> None:
+    from ssd_jax.interactive import SETTINGS, Session
+
+    stack, plan = load_stack(args)
+    Session(stack, {name: getattr(args, name) for name in SETTINGS}, plan).run()
 
 
 def _show_plan(stack, args: argparse.Namespace, plan) -> None:
@@ -536,4 +589,4 @@ def _fail(prefix: str, message: str) -> int:
 def main(argv: Sequence[str] | None = None, prog: str = "decode.py") -> int:
     """Entry point of ``scripts/decode.py``; returns the exit status."""
     args = parse_args(argv, prog)
-    return run_command(lambda: _decode(args))
+    return run_command(lambda: _interact(args) if args.interactive else _decode(args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import numbers
 import os
 import time
@@ -21,6 +22,8 @@ from ssd_jax.stack import Stack, cache_bytes_per_token, weight_bytes
 
 # Tokens between two looks at the text when it is shown as it is written.
 _STREAM_TOKENS = 16
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,9 +275,11 @@ def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, flo
     if key in _programs:
         return _programs[key], 0.0, False
     started = time.perf_counter()
+    _LOG.info("compiling")
     lowered = engine.decode.lower(*arguments, yield_at, capacities=capacities)
     with program_cache.keeping() as origin:
         _programs[key] = lowered.compile()
+    _LOG.info("decoding")
     return _programs[key], time.perf_counter() - started, origin.kept
 
 

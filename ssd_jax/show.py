@@ -51,6 +51,49 @@ def colored_text(stack: Stack, result: GenerationResult, prompt: str = "") -> Te
     return text
 
 
+def has_colors() -> bool:
+    """Whether standard output shows colours: a terminal, and no ``NO_COLOR``."""
+    from rich.console import Console
+
+    console = Console()
+    return console.color_system is not None and not console.no_color
+
+
+def print_colored(stack: Stack, result: GenerationResult, prompt: str = "") -> None:
+    """Print the coloured text to standard output, and a legend to standard error.
+
+    Raises:
+      PromptError: the stack has no tokenizer.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # Span by span with `out`, which neither wraps lines nor touches tabs.
+    text = colored_text(stack, result, prompt)
+    for span in text.spans:
+        console.out(text.plain[span.start : span.end], style=str(span.style), end="")
+    console.out()
+    Console(stderr=True).print(legend())
+
+
+def print_stats(result: GenerationResult, **options) -> None:
+    """Print a text's statistics as a table on standard error.
+
+    Args:
+      result: the text.
+      options: with which it was generated, ``mode`` among them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssd_jax.pages.text import figures
+
+    table = Table(show_header=False)
+    for name, words in figures(result, **options):
+        table.add_row(name, words)
+    Console(stderr=True).print(table, highlight=False)
+
+
 def legend() -> Text:
     """One line that names the colours."""
     from rich.text import Text

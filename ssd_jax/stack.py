@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from ssd_jax.plan import MAX_TRIGRAM_BRANCH
 from ssd_jax.tokenizer import Tokenizer
 
 PathLike = str | os.PathLike
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +156,7 @@ def load(
     return Stack(
         oracle=_model(oracle, dtype),
         drafts=tuple(_model(draft, dtype) for draft in drafts),
-        ngram=ngram if ngram is None or isinstance(ngram, KatzModel) else KatzModel.load(ngram),
+        ngram=_ngram(ngram),
         tokenizer=_tokenizer(tokenizer, oracle),
     )
 
@@ -185,7 +188,17 @@ def _check_vocabularies(oracle: PathLike | GPT2, drafts: Sequence[PathLike | GPT
 
 
 def _model(source: PathLike | GPT2, dtype: str) -> GPT2:
-    return source if isinstance(source, GPT2) else checkpoint.load_model(source, dtype=dtype)
+    if isinstance(source, GPT2):
+        return source
+    _LOG.info("loading %s", source)
+    return checkpoint.load_model(source, dtype=dtype)
+
+
+def _ngram(source: PathLike | KatzModel | None) -> KatzModel | None:
+    if source is None or isinstance(source, KatzModel):
+        return source
+    _LOG.info("loading %s", source)
+    return KatzModel.load(source)
 
 
 def _tokenizer(source, oracle) -> Tokenizer | None:

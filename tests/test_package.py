@@ -32,7 +32,7 @@ def test_a_wheel_decodes_by_the_name_of_its_trio_from_anywhere(tmp_path, monkeyp
     _run("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"ssd_jax/py.typed", "ssd_jax/benchmark/report.html.j2"} <= set(names)
+    assert {"ssd_jax/py.typed", "ssd_jax/pages/report.html.j2"} <= set(names)
     assert not any(name.startswith(("tests", "scripts", "checkpoints", "docs")) for name in names)
     target = tmp_path / "target"
     offline = ("--no-deps", "--no-index", "--no-compile", "--quiet")

@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 import pytest
 
 from ssd_jax import files
-from ssd_jax.benchmark import drawing, report, wording
+from ssd_jax.benchmark import drawing, report
 from ssd_jax.benchmark.summary import summarize
+from ssd_jax.pages import trees, wording
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\' "> </title><b>&amp;'
 STAGES = ["oracle", "draft", "ngram"]
@@ -252,7 +253,7 @@ def test_texts_are_coloured_by_stage():
 
 
 def test_tree_puts_the_accepted_path_in_the_first_row():
-    drawn = drawing.draw_tree(example()["trees"][0], " own")
+    drawn = trees.draw_tree(example()["trees"][0], " own")
     by_label = {node["label"]: node for node in drawn["nodes"]}
     top = [by_label[label] for label in ("⏎", "␣right", "␣own")]
     assert len({node["y"] for node in top}) == 1
@@ -274,7 +275,7 @@ def test_tree_puts_the_accepted_path_in_the_first_row():
 def test_a_node_never_stands_on_another_nor_on_an_edge_of_its_row():
     # A root with three children, of which the middle one has two more.
     tree = [node(-1, "a", accepted=True), *(node(0, c) for c in "bcd"), node(2, "e"), node(2, "f")]
-    drawn = drawing.draw_tree(tree)
+    drawn = trees.draw_tree(tree)
     at = {n["label"]: (n["x"], n["y"]) for n in drawn["nodes"]}
     assert at["a"][1] == at["b"][1] and at["c"][1] == at["e"][1]
     assert at["b"][1] < at["c"][1] < at["f"][1] < at["d"][1]
