@@ -3,21 +3,17 @@
 import copy
 import html
 import re
-import shutil
 import struct
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
+from browser import CHROMIUM, HOSTILE, Page, chromium
 
 from ssd_jax import files
 from ssd_jax.benchmark import drawing, report
 from ssd_jax.benchmark.summary import summarize
 from ssd_jax.pages import trees, wording
 
-HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\' "> </title><b>&amp;'
 STAGES = ["oracle", "draft", "ngram"]
-CHROMIUM = shutil.which("chromium")
 
 
 def record(prompt, mode, sampling, seconds, tokens, rounds, origins):
@@ -125,30 +121,6 @@ def document():
         "examples": [example(), example(1, "topk50")],
         "peak_memory_bytes": 1_930_000_000,
     }
-
-
-class Page(HTMLParser):
-    """Start tags with their attributes, and the text outside style and script."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.texts, self._raw = [], [], None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._raw = tag if tag in ("style", "script") else None
-
-    def handle_endtag(self, tag):
-        self._raw = None
-
-    def handle_data(self, data):
-        if self._raw is None:
-            self.texts.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).replace("\N{NO-BREAK SPACE}", " ").split())
 
 
 def rows(page):
@@ -414,14 +386,6 @@ def test_a_lone_surrogate_does_not_stop_the_page(tmp_path):
 
 
 # --- In a browser ------------------------------------------------------------------------
-
-
-def chromium(path, folder, *options):
-    """What a headless Chromium prints of a page."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
