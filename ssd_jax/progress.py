@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.status import Status
+    from rich.text import Text
 
 _LOGGER = logging.getLogger("ssd_jax")
 
@@ -20,9 +21,11 @@ class _Stage:
     def __init__(self, words: str):
         self.words, self.since = words, time.monotonic()
 
-    def __rich__(self) -> str:
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
         seconds = time.monotonic() - self.since
-        return self.words if seconds < 1 else f"{self.words} ({seconds:.0f} s)"
+        return Text(self.words if seconds < 1 else f"{self.words} ({seconds:.0f} s)")
 
 
 class _Handler(logging.Handler):

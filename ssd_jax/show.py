@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,14 +66,18 @@ def print_colored(stack: Stack, result: GenerationResult, prompt: str = "") -> N
     Raises:
       PromptError: the stack has no tokenizer.
     """
+    from rich.color import ColorSystem
     from rich.console import Console
+    from rich.style import Style
 
-    console = Console(highlight=False)
-    # Span by span with `out`, which neither wraps lines nor touches tabs.
+    # Not by a console, which would wrap lines and put spaces for tabs.
     text = colored_text(stack, result, prompt)
     for span in text.spans:
-        console.out(text.plain[span.start : span.end], style=str(span.style), end="")
-    console.out()
+        style = Style.parse(str(span.style))
+        piece = text.plain[span.start : span.end]
+        sys.stdout.write(style.render(piece, color_system=ColorSystem.STANDARD))
+    sys.stdout.write("\n")
+    sys.stdout.flush()
     Console(stderr=True).print(legend())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,10 @@ def save(
     from ssd_jax.show import pieces
 
     texts = pieces(stack, result.tokens)
+    assert stack.tokenizer is not None  # or `pieces` would have raised
     ids = encode_prompt(stack, prompt)
     document = {
-        "prompt": prompt if isinstance(prompt, str) else stack.tokenizer.decode(ids),  # type: ignore
+        "prompt": prompt if isinstance(prompt, str) else stack.tokenizer.decode(ids),
         "pieces": list(zip(texts, result.origins, strict=True)),
         "view": oracle_view(stack, ids, result.tokens),
         "trees": round_trees(stack, ids, plan, max_new_tokens=max_new_tokens, **options),
@@ -101,9 +103,9 @@ def render(document: Record) -> str:
 def _title(text: str, stage: str, view: tuple[float, int], place: int) -> str:
     probability, rank = view
     chance = f"{number(100 * probability, '.3g')}\N{NO-BREAK SPACE}%"
+    origin = "written by the" if stage == "oracle" else "proposed by the"
     return (
-        f"{visible(text)} – {'written by the oracle' if stage == 'oracle' else 'proposed by'}"
-        f"{'' if stage == 'oracle' else f' the {stage_label(stage)}'}, round {place + 1}; "
+        f"{visible(text)} – {origin} {stage_label(stage)}, round {place + 1}; "
         f"the oracle gives it {chance}, rank {rank:,}"
     )
 
@@ -115,8 +117,10 @@ def figures(result: GenerationResult, *, mode: str, **options: Any) -> list[tupl
     origins = ", ".join(
         f"{stage_label(stage)} {share:.0%}" for stage, share in pages.shares(result.origins)
     )
-    chosen = {name: value for name, value in options.items() if value not in (None, 0)}
-    sampling = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in chosen.items())
+    chosen = {name: options.get(name) for name in ("temperature", "top_k", "top_p", "seed")}
+    sampling = ", ".join(
+        f"{name.replace('_', '-')} {value}" for name, value in chosen.items() if value is not None
+    )
     return [
         ("mode", mode),
         ("sampling", sampling if options.get("temperature") else "greedy"),
@@ -124,7 +128,7 @@ def figures(result: GenerationResult, *, mode: str, **options: Any) -> list[tupl
         ("passes", passes),
         ("tokens per oracle pass", f"{stats.tokens_per_oracle_pass:.2f}"),
         ("proposed by", origins or "-"),
-        ("tokens by round", _histogram(stats.round_tokens)),
+        ("tokens of a round", _histogram(stats.round_tokens)),
         ("relative bandwidth", f"{stats.relative_bandwidth:.2f}"),
         ("smallest margin", f"{stats.min_margin:.3g}"),
         ("seconds", f"{stats.seconds:.2f} ({stats.tokens_per_second:.1f} tokens/s)"),
@@ -133,8 +137,8 @@ def figures(result: GenerationResult, *, mode: str, **options: Any) -> list[tupl
 
 
 def _histogram(round_tokens: Sequence[int]) -> str:
-    counts = sorted({size: round_tokens.count(size) for size in round_tokens}.items())
-    return ", ".join(f"{size} in {count} rounds" for size, count in counts) or "-"
+    counts = sorted(Counter(round_tokens).items())
+    return ", ".join(f"{size} ({count}×)" for size, count in counts) or "-"
 
 
 def _program(stats) -> str:
