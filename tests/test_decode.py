@@ -74,9 +74,9 @@ def run(stack, prompts, new_tokens, sampling, plan, policy=None, eos=(), stop_at
 
 
 def continuations(state, prompts) -> list[list[int]]:
-    return [
-        state.text[row, len(p) : int(state.length[row])].tolist() for row, p in enumerate(prompts)
-    ]
+    # Copied at once: JAX takes longer to slice rows one by one than the toys to write them.
+    text, length = np.array(state.text), np.array(state.length)
+    return [text[row, len(p) : length[row]].tolist() for row, p in enumerate(prompts)]
 
 
 def sampling_for(name: str, batch: int) -> Sampling:
@@ -395,7 +395,7 @@ def test_the_loop_copies_no_cache_on_a_gpu(batch):
 def test_samples_have_the_oracles_distribution():
     """Chi-square over 4096 seeds of the first two tokens against exact probabilities, for
     plain and staged decoding; significance 1e-4."""
-    vocab, batch, calls = 6, 16, 256
+    vocab, batch, calls = 6, 64, 64
     oracle = toys.model(3, vocab_size=vocab, std=0.3)
     draft = toys.blend(oracle, 0.3)
     stack = dataclasses.replace(
