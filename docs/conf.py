@@ -29,12 +29,13 @@ apidoc_modules = [
     }
 ]
 autodoc_member_order = "bysource"
+autodoc_default_options = {"special-members": "__call__"}
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 # What a class holds is told by its docstring; the fields need no second entry.
 napoleon_use_ivar = True
 # A reference to something of this package must be found; those to others are just names.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!ssd_jax).*")]
+nitpick_ignore_regex = [("py:.*", r"(?!ssd_jax).*|.*\b_[a-zA-Z].*")]
 # Guides link to files of the repository that are no pages.
 suppress_warnings = ["myst.xref_missing"]

@@ -131,7 +131,7 @@ def load(
         n-gram may be absent.
       oracle: instead of ``path``, a Hugging Face folder, a hub name, or a model.
       drafts: the same for each draft, largest first.
-      ngram: a file written by :meth:`~ssd_jax.ngram.KatzModel.save`, or a model.
+      ngram: a file written by :meth:`~ssd_jax.ngram.katz.KatzModel.save`, or a model.
       tokenizer: a folder or hub name; by default the oracle's own, if it has one.
       dtype: ``float32`` (the default on a CPU), ``bfloat16`` (the default on a GPU) or
         ``float16``.
