@@ -1,6 +1,7 @@
 # make demo    decode a prompt with the shipped models in all three modes
 # make test    run the test suite (needs no torch)
 # make lint    ruff and pyright
+# make docs    the guides and the reference as pages, in docs/_build
 # make clean   remove the environment and every cache
 #
 # Each target installs what it needs into .venv once. Variables:
@@ -15,9 +16,10 @@ BIN := $(VENV)/bin
 extras.base :=
 extras.test := [test]
 extras.dev := [dev]
-extras.all := [dev,peers,aot,train,hub]
+extras.docs := [docs]
+extras.all := [dev,docs,peers,aot,train,hub]
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-$(or $(EXTRAS),base)
@@ -31,8 +33,11 @@ lint: $(VENV)/.installed-$(or $(EXTRAS),dev)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/.installed-$(or $(EXTRAS),docs)
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/api *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an interrupted installation is simply done again.

@@ -1,6 +1,6 @@
 """Staged speculative decoding for GPT-2 in pure JAX (Spector and Ré, arXiv 2308.04623).
 
-Array axes, in every signature and docstring of this package:
+Array axes, in every signature and docstring of this package::
 
   B  batch rows            T  tokens of one forward pass   S  cache slots
   N  tree nodes            W  nodes selected for a pass    C  candidate children
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ssd_jax.stack import Stack as Stack
     from ssd_jax.stack import load as load
     from ssd_jax.tuning.tuner import tune as tune
+
+__version__ = "0.1.0"
 
 _MODULES = {
     "GenerationConfig": "generation_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from ssd_jax.kv_cache import KVCache
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack, cache_bytes_per_token, weight_bytes
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,9 +353,12 @@ def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, flo
     if key in _programs:
         return _programs[key], 0.0, False
     started = time.perf_counter()
+    _LOG.info("compiling")
+    _LOG.info("compiling")
     lowered = engine.decode.lower(*arguments, yield_at, capacities=capacities)
     with program_cache.keeping() as origin:
         _programs[key] = lowered.compile()
+    _LOG.info("decoding")
     return _programs[key], time.perf_counter() - started, origin.kept
 
 

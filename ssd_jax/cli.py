@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssd_jax.errors import CheckpointError, PromptError, SsdError
+from ssd_jax import progress, shipped
+from ssd_jax.errors import PromptError, SsdError
 from ssd_jax.plan import DEFAULT, MODES
 
 if TYPE_CHECKING:
@@ -41,6 +42,20 @@ examples:
 Compiled programs are kept for the next run in the user's cache folder, or below $SSD_JAX_CACHE;
 JAX_ENABLE_COMPILATION_CACHE=0 turns that off.
 """
+
+
+# Options of GenerationConfig that the command line hands on as they are.
+_FURTHER_OPTIONS = {
+    "min_p": "only tokens at least X times as probable as the most probable one",
+    "typical_p": "only tokens of typical surprise that make up this mass",
+    "repetition_penalty": "above 1 makes tokens of prompt and text rarer",
+    "presence_penalty": "above 0 makes tokens of the text rarer",
+    "frequency_penalty": "the same, for each time they occur",
+}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +123,11 @@ def _token_ids(text: str) -> list[int]:
 def add_stack_arguments(parser: argparse.ArgumentParser, *, plan: bool = True) -> None:
     """The arguments that :func:`load_stack` reads, with or without ``--plan``."""
     group = parser.add_argument_group("models")
-    group.add_argument("--checkpoint", metavar="DIR", help="trio folder (default: python-small)")
+    group.add_argument(
+        "--checkpoint",
+        metavar="X",
+        help="a trio: a folder, or the name of a shipped one (default: python-small)",
+    )
     group.add_argument("--oracle", metavar="X", help="oracle: a folder or a hub name")
     group.add_argument(
         "--draft",
@@ -129,7 +148,7 @@ def add_stack_arguments(parser: argparse.ArgumentParser, *, plan: bool = True) -
             "--plan",
             metavar="FILE",
             help=f"speculation plan, a JSON file, or {DEFAULT!r}; left out, mode staged follows "
-            "the plan that tune.py found for this device and these models, if it has run",
+            "the plan that tuning found for this device and these models, if it has run",
         )
 
 
@@ -140,12 +159,12 @@ def check_stack_arguments(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--draft and --ngram need --oracle; name the oracle too")
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str = "decode.py") -> Parser:
     parser = Parser(
-        prog="decode.py",
+        prog=prog,
         description="Continue a prompt by staged speculative decoding. The text is the one "
         "that the oracle alone would write; the mode only changes the speed.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace("decode.py", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads stdin")
@@ -166,6 +185,9 @@ def build_parser() -> Parser:
     group.add_argument("--top-k", metavar="K", type=top_k, help="0 for the whole vocabulary")
     group.add_argument("--top-p", metavar="P", type=top_p)
     group.add_argument("--seed", metavar="S", type=seed, default=0)
+    for name, words in _FURTHER_OPTIONS.items():
+        group.add_argument(_flag(name), metavar="X", type=float, help=words)
+    group.add_argument("--min-new-tokens", metavar="N", type=positive_int)
     group.add_argument(
         "--n",
         metavar="N",
@@ -201,18 +223,36 @@ def build_parser() -> Parser:
         help="also show the plan, where it comes from, and where the time to the first text went",
     )
     group.add_argument(
+        "--color",
+        action="store_true",
+        help="colour each token by the stage that proposed it (on a terminal, unless NO_COLOR)",
+    )
+    group.add_argument("--stats", action="store_true", help="show how the text came about")
+    group.add_argument(
+        "--html", metavar="FILE", help="write a page: the text by origin, and each round's tree"
+    )
+    group.add_argument(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="ask for prompts until /quit; /help there lists the commands",
+    )
+    group.add_argument(
         "--svg", metavar="FILE", help="draw the text, coloured by the stage that proposed it"
     )
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, prog: str = "decode.py") -> argparse.Namespace:
     """Parse and cross-check; exits with status 2 after one line if something is wrong."""
-    parser = build_parser()
+    parser = build_parser(prog)
     args = parser.parse_args(argv)
     check_stack_arguments(parser, args)
     sources = (args.prompt, args.prompt_file, args.prompt_tokens)
-    if sum(source is not None for source in sources) != 1:
+    given = sum(source is not None for source in sources)
+    if args.interactive and (given or args.json or args.compare or args.html or args.svg):
+        parser.error("--interactive asks for prompts; give none, nor what is said of one text")
+    if not args.interactive and given != 1:
         parser.error("give exactly one of PROMPT, --prompt-file and --prompt-tokens")
     if args.plan and args.mode == "baseline":
         parser.error("--plan says how to speculate, which --mode baseline does not")
@@ -245,18 +285,8 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
 
 
 def shipped_checkpoint() -> Path:
-    """The folder of the trio that comes with the repository.
-
-    Raises:
-      CheckpointError: this installation has none.
-    """
-    path = Path(__file__).resolve().parent.parent / "checkpoints" / "python-small"
-    if not path.is_dir():
-        raise CheckpointError(
-            "no shipped checkpoints/python-small beside this installation; "
-            "give --checkpoint DIR or --oracle X"
-        )
-    return path
+    """The folder of the default trio; :class:`CheckpointError` if this installation has none."""
+    return shipped.locate(shipped.DEFAULT)
 
 
 class Laps:
@@ -278,7 +308,7 @@ class Laps:
 def load_stack(args: argparse.Namespace, lap: Callable[[str], None] = lambda name: None):
     """What :func:`add_stack_arguments` named: the stack; and a plan, ``DEFAULT`` or ``None``."""
     path = None if args.oracle else args.checkpoint or shipped_checkpoint()
-    with _console().status("importing JAX"):
+    with progress.stages("importing JAX"):
         import ssd_jax
         import ssd_jax.generate  # the package imports only what is asked for
         from ssd_jax.plan import Plan
@@ -286,7 +316,7 @@ def load_stack(args: argparse.Namespace, lap: Callable[[str], None] = lambda nam
     plan = getattr(args, "plan", None)
     if plan not in (None, DEFAULT):
         plan = Plan.load(plan)  # before the weights: it is quick to fail
-    with _console().status("loading the models"):
+    with progress.stages("loading the models"):
         if path is not None:
             stack = ssd_jax.load(path, tokenizer=args.tokenizer, dtype=args.dtype)
         else:
@@ -446,8 +476,8 @@ def _first_run(
     decode, args: argparse.Namespace, prompt: str | list[int], lap: Callable[[str], None]
 ) -> GenerationResult:
     """Run ``args.mode`` once, showing the text as it comes unless ``--json`` is set."""
-    with _console().status("compiling and decoding") as status:
-        if args.json:
+    with progress.stages("decoding") as status:
+        if args.json or _colored(args):
             result = decode(args.mode)
             lap("text")
             return result
@@ -455,6 +485,13 @@ def _first_run(
         result = decode(args.mode, on_text=printer)
         printer.finish(result)
         return result
+
+
+def _colored(args: argparse.Namespace) -> bool:
+    """Whether the text is shown once it is complete, in colours."""
+    from ssd_jax import show
+
+    return args.color and not args.json and show.has_colors()
 
 
 def modes_of(stack) -> list[str]:
@@ -466,7 +503,7 @@ def _compare(
     decode, modes: Sequence[str], mode: str, first: GenerationResult
 ) -> dict[str, Measurement]:
     """Measure ``modes``; ``first`` is ``mode``'s warm-up."""
-    with _console().status("measuring all modes"):
+    with progress.stages("measuring all modes"):
         return measure(decode, {name: first if name == mode else decode(name) for name in modes})
 
 
@@ -512,6 +549,9 @@ def _print_start(laps: Laps, result: GenerationResult) -> None:
 def _decode(args: argparse.Namespace) -> None:
     laps = Laps()
     prompt = read_prompt(args)
+    from ssd_jax.generation_config import GenerationConfig
+
+    GenerationConfig(**config_options(args))  # refuses what makes no sense before weights are read
     stack, plan = load_stack(args, laps)
     import ssd_jax
 
@@ -523,16 +563,13 @@ def _decode(args: argparse.Namespace) -> None:
     if args.verbose:
         _show_plan(stack, args, plan)
     if args.n > 1:
-        with _console().status("compiling and decoding"):
+        with progress.stages("decoding"):
             samples = decode(args.mode, num_return_sequences=args.n)
         return _print_samples(args, prompt, samples)
     first = _first_run(decode, args, prompt, laps)
     if args.verbose:
         _print_start(laps, first)
-    if args.svg:
-        from ssd_jax import show
-
-        show.save_svg(args.svg, stack, first, prompt if isinstance(prompt, str) else "")
+    _show(stack, args, prompt, plan, first)
     measurements = {args.mode: Measurement(first, [])}
     if args.compare:
         measurements = _compare(decode, modes_of(stack), args.mode, first)
@@ -554,6 +591,8 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
         stop_strings=args.stop,
         max_time=args.max_time,
         logprobs=args.logprobs,
+        min_new_tokens=args.min_new_tokens,
+        **{name: getattr(args, name) for name in _FURTHER_OPTIONS},
     )
 
 
@@ -569,6 +608,37 @@ def _print_samples(
         text = one.text or ",".join(map(str, one.tokens))
         shown = prompt if isinstance(prompt, str) else ""
         print(f"== seed {(args.seed + i) % 2**64} ({one.finish_reason})\n{shown}{text}", flush=True)
+
+
+def _show(stack, args: argparse.Namespace, prompt, plan, result: GenerationResult) -> None:
+    """The ways of looking at a text that were asked for."""
+    from ssd_jax import show
+    from ssd_jax.generation_config import GenerationConfig
+
+    text = prompt if isinstance(prompt, str) else ""
+    if _colored(args):
+        show.print_colored(stack, result, text)
+    if args.svg:
+        show.save_svg(args.svg, stack, result, text)
+    config = GenerationConfig(**config_options(args))
+    options = {"mode": args.mode, "max_new_tokens": args.max_new_tokens}
+    options |= config.sampling_options()
+    if args.stats:
+        show.print_stats(result, **options)
+    if args.html:
+        from ssd_jax.generate import resolve_plan
+        from ssd_jax.pages import text as page
+
+        with progress.stages("running the rounds one by one"):
+            plan, _ = resolve_plan(stack, args.mode, plan, sampled=args.temperature > 0)
+            page.save(args.html, stack, prompt, result, plan, **options)
+
+
+def _interact(args: argparse.Namespace) -> None:
+    from ssd_jax.interactive import SETTINGS, Session
+
+    stack, plan = load_stack(args)
+    Session(stack, {name: getattr(args, name) for name in SETTINGS}, plan).run()
 
 
 def _show_plan(stack, args: argparse.Namespace, plan) -> None:
@@ -614,7 +684,7 @@ def _fail(prefix: str, message: str) -> int:
     return EXIT_USER_ERROR
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "decode.py") -> int:
     """Entry point of ``scripts/decode.py``; returns the exit status."""
-    args = parse_args(argv)
-    return run_command(lambda: _decode(args))
+    args = parse_args(argv, prog)
+    return run_command(lambda: _interact(args) if args.interactive else _decode(args))

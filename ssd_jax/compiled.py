@@ -65,6 +65,7 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "%(name)s"
 """
+#: Descriptions of GPUs by name, as XLA reads them.
 GPU_TARGETS = {name: _TARGET % own for name, own in _DIFFERING.items()}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*-> .* \{$")

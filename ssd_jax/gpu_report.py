@@ -231,9 +231,9 @@ _LINES = (
 )
 
 
-def build_parser() -> cli.Parser:
+def build_parser(prog: str = "gpu_report.py") -> cli.Parser:
     parser = cli.Parser(
-        prog="gpu_report.py",
+        prog=prog,
         description="Compile the decode loop for a GPU that need not be there, with the shapes of "
         "GPT-2 Large and a draft of 41.5M parameters (3 layers of 576), in bfloat16, and count "
         "what it launches. Needs the extra 'aot'.",
@@ -252,9 +252,9 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "gpu_report.py") -> int:
     """Entry point of ``scripts/gpu_report.py``; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = build_parser(prog).parse_args(argv)
     # Read by XLA when it starts, so that this command takes a process of its own.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
     os.environ["TF_CPP_VMODULE"] = f"{_LOGGED}=2"

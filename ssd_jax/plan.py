@@ -23,6 +23,7 @@ from ssd_jax.errors import PlanError
 if TYPE_CHECKING:
     import jax
 
+#: Plain decoding, the classical chain of one draft, and everything.
 MODES = ("baseline", "speculative", "staged")
 DEFAULT = "default"  # in place of a plan: the mode's own, whatever the tuner has found
 MAX_TRIGRAM_BRANCH = 8  # continuations kept for each trigram context on the device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,53 @@ def colored_text(stack: Stack, result: GenerationResult, prompt: str = "") -> Te
     for piece, origin in zip(pieces(stack, result.tokens), result.origins, strict=True):
         text.append(piece, style=STYLES[origin.rstrip("0123456789")])
     return text
+
+
+def has_colors() -> bool:
+    """Whether standard output shows colours: a terminal, and no ``NO_COLOR``."""
+    from rich.console import Console
+
+    console = Console()
+    return console.color_system is not None and not console.no_color
+
+
+def print_colored(stack: Stack, result: GenerationResult, prompt: str = "") -> None:
+    """Print the coloured text to standard output, and a legend to standard error.
+
+    Raises:
+      PromptError: the stack has no tokenizer.
+    """
+    from rich.color import ColorSystem
+    from rich.console import Console
+    from rich.style import Style
+
+    # Not by a console, which would wrap lines and put spaces for tabs.
+    text = colored_text(stack, result, prompt)
+    for span in text.spans:
+        style = Style.parse(str(span.style))
+        piece = text.plain[span.start : span.end]
+        sys.stdout.write(style.render(piece, color_system=ColorSystem.STANDARD))
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    Console(stderr=True).print(legend())
+
+
+def print_stats(result: GenerationResult, **options) -> None:
+    """Print a text's statistics as a table on standard error.
+
+    Args:
+      result: the text.
+      options: with which it was generated, ``mode`` among them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssd_jax.pages.text import figures
+
+    table = Table(show_header=False)
+    for name, words in figures(result, **options):
+        table.add_row(name, words)
+    Console(stderr=True).print(table, highlight=False)
 
 
 def legend() -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ssd_jax import checkpoint
+from ssd_jax import checkpoint, shipped
 from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.ngram import KatzModel, NGramTables
@@ -21,6 +22,8 @@ from ssd_jax.plan import MAX_TRIGRAM_BRANCH
 from ssd_jax.tokenizer import Tokenizer
 
 PathLike = str | os.PathLike
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +126,12 @@ def load(
     """Load a stack.
 
     Args:
-      path: a trio folder: ``oracle/``, ``draft/`` (``draft2/`` ...) as Hugging Face folders and
-        ``ngram.safetensors``; drafts and n-gram may be absent.
+      path: the name of a shipped trio (``python-small``), or a trio folder: ``oracle/``,
+        ``draft/`` (``draft2/`` ...) as Hugging Face folders and ``ngram.safetensors``; drafts and
+        n-gram may be absent.
       oracle: instead of ``path``, a Hugging Face folder, a hub name, or a model.
       drafts: the same for each draft, largest first.
-      ngram: a file written by :meth:`~ssd_jax.ngram.KatzModel.save`, or a model.
+      ngram: a file written by :meth:`~ssd_jax.ngram.katz.KatzModel.save`, or a model.
       tokenizer: a folder or hub name; by default the oracle's own, if it has one.
       dtype: ``float32`` (the default on a CPU), ``bfloat16`` (the default on a GPU),
         ``float16``, or ``int8`` for an oracle of 8-bit weights (:mod:`ssd_jax.int8`), which is
@@ -145,7 +149,7 @@ def load(
             raise ConfigError(
                 "a trio folder brings its own drafts and n-gram; pass oracle= instead"
             )
-        oracle, drafts, ngram = _parts(Path(path))
+        oracle, drafts, ngram = _parts(shipped.locate(path))
     assert oracle is not None
     dtype = dtype or checkpoint.default_dtype()
     # Drafts are small: 8 bits would save little, and cost agreement.
@@ -154,7 +158,7 @@ def load(
     return Stack(
         oracle=_model(oracle, dtype),
         drafts=tuple(_model(draft, of_drafts) for draft in drafts),
-        ngram=ngram if ngram is None or isinstance(ngram, KatzModel) else KatzModel.load(ngram),
+        ngram=_ngram(ngram),
         tokenizer=_tokenizer(tokenizer, oracle),
     )
 
@@ -186,7 +190,17 @@ def _check_vocabularies(oracle: PathLike | GPT2, drafts: Sequence[PathLike | GPT
 
 
 def _model(source: PathLike | GPT2, dtype: str) -> GPT2:
-    return source if isinstance(source, GPT2) else checkpoint.load_model(source, dtype=dtype)
+    if isinstance(source, GPT2):
+        return source
+    _LOG.info("loading %s", source)
+    return checkpoint.load_model(source, dtype=dtype)
+
+
+def _ngram(source: PathLike | KatzModel | None) -> KatzModel | None:
+    if source is None or isinstance(source, KatzModel):
+        return source
+    _LOG.info("loading %s", source)
+    return KatzModel.load(source)
 
 
 def _tokenizer(source, oracle) -> Tokenizer | None:

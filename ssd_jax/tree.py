@@ -2,7 +2,7 @@
 
 Node indices only grow from parent to child. The first K nodes are the *trunk*, the newest
 committed tokens in order, right-aligned so that the root (the newest one) is always node
-``K - 1``; what the stages propose follows from node K on.
+``K - 1``; what the stages propose follows from node K on::
 
     tokens     the | cat |  sat        trunk capacity K = 3, root = node 2
     node         0    1      2
@@ -12,6 +12,7 @@ committed tokens in order, right-aligned so that the root (the newest one) is al
                   a (5)                depth 2
 
 Invariants, each held by a test:
+
   * the value of a node (log-probability of its path) never exceeds its parent's, ties go to
     the lower index, so the best W nodes by value are closed under ancestors;
   * no two valid nodes share both parent and token;

@@ -28,6 +28,7 @@ from ssd_jax.stack import Stack
 
 # Raise it when the engine's costs change so much that old plans are no longer any good.
 SCHEMA = 2
+#: Kinds of text that have a plan of their own.
 KINDS = ("greedy", "sampled")
 
 

@@ -8,6 +8,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is first imported
 _cache = tempfile.TemporaryDirectory(prefix="ssd_jax-tests-")
 os.environ["SSD_JAX_CACHE"] = _cache.name
 
+# Most of the suite's time is XLA compiling toys that then run for milliseconds. These options
+# cost speed, not meaning; any other XLA_FLAGS compile as users do, as .ci/run does once.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
+
 import jax  # noqa: E402
 
 # Mixing bfloat16 and float32 by accident is an error. Rank promotion stays allowed: adding a

@@ -16,11 +16,11 @@ from test_cli import make_result
 import ssd_jax
 from ssd_jax import cli
 from ssd_jax.benchmark import ablations, command, measure, peers, results, schemes
-from ssd_jax.benchmark.examples import round_trees
 from ssd_jax.benchmark.prompts import load_prompts, read_prompts
 from ssd_jax.benchmark.summary import by_prompt, is_repetitive, speedups, summarize
 from ssd_jax.errors import DataError
 from ssd_jax.plan import Plan
+from ssd_jax.rounds import round_trees
 
 MODES = ("baseline", "staged")
 

@@ -16,7 +16,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
 import ssd_jax
-from ssd_jax import cli
+from ssd_jax import cli, shipped
 from ssd_jax.checkpoint import save_model
 from ssd_jax.errors import CheckpointError, PromptError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2, GPT2Config
@@ -366,9 +366,9 @@ def test_missing_prompt_file(engine, capsys, tmp_path):
 
 
 def test_missing_shipped_checkpoint(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "ssd_jax" / "cli.py"))
+    monkeypatch.setattr(shipped, "_FOLDERS", (tmp_path,))
     assert cli.main(["x"]) == 2
-    assert "--checkpoint" in error_line(capsys.readouterr())
+    assert "--oracle" in error_line(capsys.readouterr())
 
 
 @pytest.fixture(scope="module")

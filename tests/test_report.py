@@ -3,20 +3,17 @@
 import copy
 import html
 import re
-import shutil
 import struct
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
+from browser import CHROMIUM, HOSTILE, Page, chromium
 
 from ssd_jax import files
-from ssd_jax.benchmark import drawing, report, wording
+from ssd_jax.benchmark import drawing, report
 from ssd_jax.benchmark.summary import summarize
+from ssd_jax.pages import trees, wording
 
-HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\' "> </title><b>&amp;'
 STAGES = ["oracle", "draft", "ngram"]
-CHROMIUM = shutil.which("chromium")
 
 
 def record(prompt, mode, sampling, seconds, tokens, rounds, origins):
@@ -126,30 +123,6 @@ def document():
     }
 
 
-class Page(HTMLParser):
-    """Start tags with their attributes, and the text outside style and script."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.texts, self._raw = [], [], None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._raw = tag if tag in ("style", "script") else None
-
-    def handle_endtag(self, tag):
-        self._raw = None
-
-    def handle_data(self, data):
-        if self._raw is None:
-            self.texts.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).replace("\N{NO-BREAK SPACE}", " ").split())
-
-
 def rows(page):
     """Cells of every table row, as text."""
     return [
@@ -252,7 +225,7 @@ def test_texts_are_coloured_by_stage():
 
 
 def test_tree_puts_the_accepted_path_in_the_first_row():
-    drawn = drawing.draw_tree(example()["trees"][0], " own")
+    drawn = trees.draw_tree(example()["trees"][0], " own")
     by_label = {node["label"]: node for node in drawn["nodes"]}
     top = [by_label[label] for label in ("⏎", "␣right", "␣own")]
     assert len({node["y"] for node in top}) == 1
@@ -274,7 +247,7 @@ def test_tree_puts_the_accepted_path_in_the_first_row():
 def test_a_node_never_stands_on_another_nor_on_an_edge_of_its_row():
     # A root with three children, of which the middle one has two more.
     tree = [node(-1, "a", accepted=True), *(node(0, c) for c in "bcd"), node(2, "e"), node(2, "f")]
-    drawn = drawing.draw_tree(tree)
+    drawn = trees.draw_tree(tree)
     at = {n["label"]: (n["x"], n["y"]) for n in drawn["nodes"]}
     assert at["a"][1] == at["b"][1] and at["c"][1] == at["e"][1]
     assert at["b"][1] < at["c"][1] < at["f"][1] < at["d"][1]
@@ -413,14 +386,6 @@ def test_a_lone_surrogate_does_not_stop_the_page(tmp_path):
 
 
 # --- In a browser ------------------------------------------------------------------------
-
-
-def chromium(path, folder, *options):
-    """What a headless Chromium prints of a page."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

@@ -20,6 +20,7 @@ from code_folder import VERBS, write_code
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from ssd_jax import checkpoint, stack
@@ -63,6 +64,25 @@ def _config(folder: Path, *overrides: str) -> configs.Config:
 def _losses(work: Path, name: str) -> list[tuple]:
     rows = loop.read_log(work / name / "log.jsonl")
     return [(row["step"], row["loss"], row.get("heldout_cross_entropy")) for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """What one run compiles, other runs and the processes that they start read."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    saved = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in saved.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +648,12 @@ sys.exit(command.main(sys.argv[2:]))
 def test_a_full_disk_is_said_and_costs_nothing(run, tmp_path):
     other = _copy_text(run, tmp_path / "work")
     other.oracle(stop_at=12)
-    full = _subprocess(FULL_DISK, "50000", *_command(run, "oracle", other.work))
+    kept = (other.work / "oracle" / "checkpoints" / "10").rglob("*")
+    limit = max(path.stat().st_size for path in kept) // 2
+    # JAX would leave half a program in its cache, too.
+    environment = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    argv = (FULL_DISK, str(limit), *_command(run, "oracle", other.work))
+    full = _subprocess(*argv, **environment)
     assert full.returncode == 2, full.stderr
     (message,) = [line for line in full.stderr.splitlines() if line.startswith("train.py: ")]
     assert "step 20" in message and "step 10 is intact" in message and "free disk" in message
@@ -783,7 +808,7 @@ def test_a_batch_taken_in_parts_gives_the_step_of_the_whole(parts):
 
 def test_several_devices_share_a_batch_and_change_nothing(run, tmp_path):
     other = _copy_text(run, tmp_path / "work")
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     more = ("train_oracle.steps=8", "train_oracle.long_steps=2")
     done = _subprocess(
         "import sys; from ssd_jax.training import command; sys.exit(command.main(sys.argv[1:]))",

@@ -24,29 +24,37 @@ engine reports, prompt included, which end when the tokens are on the host.
 ``summary[sampling][mode]``
   computed from records and costs alone:
 
-  ``tokens_per_second``          new tokens over seconds, both summed over the prompts, the
-                                 seconds of a prompt being the median of its repeats
-  ``speedup``                    ``tokens_per_second`` over that of the fastest own baseline of
-                                 any dtype, over the prompts that both decoded
-  ``speedup_interval``           its 95 % interval, from 1,000 bootstrap samples of the prompts
-  ``tokens_per_oracle_pass``     new tokens over oracle passes, both summed
-  ``characters_per_oracle_pass`` characters over oracle passes, both summed; ``null`` where
-                                 the stack has no tokenizer
-  ``relative_bandwidth``         bytes of weights and cache read per committed token over those
-                                 of plain decoding (the paper's Table 1): mean over the prompts,
-                                 weighted by new tokens
-  ``overhead_share``             1 - the seconds that its passes would take alone, prefill
-                                 included, over its seconds (the paper's 35 %); look-ups and
-                                 tree work count as overhead
-  ``acceptance_by_depth``        share of the rounds that commit more than 1, 2, ... tokens
-  ``repetitive_share``           share of the prompts whose text holds one 8-gram of tokens more
-                                 than 4 times: a model that loops makes every speculator look
-                                 good
-  ``ended_share``                share of the prompts whose text ended itself, before the limit
-  ``exact_match``                ``[same, of]``: prompts all of whose repeats hold the tokens of
-                                 the baseline's first repeat; ``null`` in another dtype, and for
-                                 sampled peers, whose noise is another
-  ``min_margin``                 the smallest score difference by which any token was chosen
+  ``tokens_per_second``
+    new tokens over seconds, both summed over the prompts, the seconds of a prompt being the median
+    of its repeats
+  ``speedup``
+    ``tokens_per_second`` over that of the fastest own baseline of any dtype, over the prompts that
+    both decoded
+  ``speedup_interval``
+    its 95 % interval, from 1,000 bootstrap samples of the prompts
+  ``tokens_per_oracle_pass``
+    new tokens over oracle passes, both summed
+  ``characters_per_oracle_pass``
+    characters over oracle passes, both summed; ``null`` where the stack has no tokenizer
+  ``relative_bandwidth``
+    bytes of weights and cache read per committed token over those of plain decoding (the paper's
+    Table 1): mean over the prompts, weighted by new tokens
+  ``overhead_share``
+    1 - the seconds that its passes would take alone, prefill included, over its seconds (the
+    paper's 35 %); look-ups and tree work count as overhead
+  ``acceptance_by_depth``
+    share of the rounds that commit more than 1, 2, ... tokens
+  ``repetitive_share``
+    share of the prompts whose text holds one 8-gram of tokens more than 4 times: a model that
+    loops makes every speculator look good
+  ``ended_share``
+    share of the prompts whose text ended itself, before the limit
+  ``exact_match``
+    ``[same, of]``: prompts all of whose repeats hold the tokens of the baseline's first repeat;
+    ``null`` in another dtype, and for sampled peers, whose noise is another
+  ``min_margin``
+    the smallest score difference by which any token was chosen
+
 ``peers``
   the setting of each peer, the fastest of those that its users would try, and those that failed.
 ``roofline``

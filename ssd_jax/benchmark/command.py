@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssd_jax import cli
+from ssd_jax import cli, shipped
 from ssd_jax.benchmark import measure, results
 from ssd_jax.benchmark.measure import SAMPLINGS, Record, Runner
 from ssd_jax.benchmark.peers import PEERS
@@ -43,11 +43,11 @@ def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def build_parser() -> cli.Parser:
+def build_parser(prog: str = "benchmark.py") -> cli.Parser:
     parser = cli.Parser(
-        prog="benchmark.py",
+        prog=prog,
         description="Measure speed and exactness of the decoding modes over many prompts.",
-        epilog="example:\n  benchmark.py --prompts humaneval --limit 20 --out runs/small\n",
+        epilog=f"example:\n  {prog} --prompts humaneval --limit 20 --out runs/small\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -245,7 +245,7 @@ def _open_peers(
     if args.oracle:
         oracle, draft = Path(args.oracle), Path(args.draft[0]) if args.draft else None
     else:
-        trio = Path(args.checkpoint or cli.shipped_checkpoint())
+        trio = shipped.locate(args.checkpoint or cli.shipped_checkpoint())
         oracle, draft = trio / "oracle", trio / "draft" if stack.drafts else None
     calibration = [encode_prompt(stack, prompt) for prompt in prompts[:3]]
     return [
@@ -415,17 +415,14 @@ def _report(document: Record, out: str | None) -> None:
         print(line)
     if out is not None:
         print(f"results in {results.write(out, document)}", file=sys.stderr)
-        try:
-            from ssd_jax.benchmark import report
-        except ImportError:
-            print("no report.html: pip install '.[bench]' for it", file=sys.stderr)
-        else:
-            print(f"report in {report.write(Path(out), document)}", file=sys.stderr)
+        from ssd_jax.benchmark import report
+
+        print(f"report in {report.write(Path(out), document)}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "benchmark.py") -> int:
     """Entry point of ``scripts/benchmark.py``; returns the exit status."""
-    parser = build_parser()
+    parser = build_parser(prog)
     args = parser.parse_args(argv)
     cli.check_stack_arguments(parser, args)
     return cli.run_command(lambda: (_by_length if args.by_length else _benchmark)(args))

@@ -1,45 +1,35 @@
 """``report.html``: the benchmark's figures, plots, texts and trees in one file to look at.
 
-The file stands alone: no network, no fonts, no scripts but its own, whose hash its content
-policy names. Prompts and texts are hostile until escaped; Jinja escapes everything here. The
-plots are SVG laid out in this module and styled by the page, so that they follow its colours,
-light or dark.
+One of :mod:`ssd_jax.pages`.
 """
 
 from __future__ import annotations
 
-import base64
 import datetime
-import hashlib
-import importlib.resources
 import math
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from ssd_jax.benchmark.drawing import acceptance_plots, draw_tree, roofline_plot, swarm_plots
-from ssd_jax.benchmark.summary import BASELINE
-from ssd_jax.benchmark.wording import (
+from ssd_jax import pages
+from ssd_jax.benchmark.drawing import acceptance_plots, roofline_plot, swarm_plots
+from ssd_jax.benchmark.summary import BASELINE, own_first
+from ssd_jax.files import atomic_path
+from ssd_jax.pages import shares, stage_rank
+from ssd_jax.pages.trees import drawn_rounds
+from ssd_jax.pages.wording import (
     MISSING,
     bytes_,
     cell,
     count,
     interval,
     number,
-    own_first,
     percent,
     sampling_label,
-    stage_class,
-    stage_label,
     times,
-    visible,
 )
-from ssd_jax.files import atomic_path
 from ssd_jax.plan import MODES
 
 NAME = "report.html"
@@ -86,25 +76,8 @@ def render(document: dict) -> str:
     summary: Record = document.get("summary") or {}
     conditions: Record = document.get("conditions") or {}
     examples: list[Record] = document.get("examples") or []
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # what a document lacks is shown as missing
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "num": number,
-        "pct": percent,
-        "times": times,
-        "interval": interval,
-        "visible": visible,
-        "stage_class": stage_class,
-        "stage_label": stage_label,
-        "sampling_label": sampling_label,
-        "policy_hash": _policy_hash,
-    }
-    template = importlib.resources.files("ssd_jax.benchmark").joinpath("report.html.j2")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return pages.render(
+        "report.html.j2",
         headline=headline(document),
         verdict=verdict(summary),
         conditions=condition_rows(document),
@@ -397,30 +370,14 @@ def _column(values: Sequence[Any]) -> list[tuple[str, str]]:
 _MATCH = re.compile(r"(\d+) of (\d+)")
 
 
-def _policy_hash(script: str) -> str:
-    """As a content security policy names an inline script."""
-    digest = hashlib.sha256(str(script).encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
-
-
 # --- Texts and trees ---------------------------------------------------------------------
-
-
-def _shares(stages: Iterable[str]) -> list[tuple[str, float]]:
-    counts = Counter(stages)
-    total = sum(counts.values())
-    return [(stage, counts[stage] / total) for stage in sorted(counts, key=_stage_rank)]
-
-
-def _stage_rank(stage: str) -> tuple[bool, bool, str]:
-    return stage != "oracle", stage == "ngram", stage
 
 
 def _stages(examples: Sequence[Record]) -> list[str]:
     """Those that the examples show."""
     pieces = {stage for example in examples for _, stage in example.get("pieces") or []}
     trees = [tree for example in examples for tree in example.get("trees") or []]
-    return sorted(pieces | {node["stage"] for tree in trees for node in tree}, key=_stage_rank)
+    return sorted(pieces | {node["stage"] for tree in trees for node in tree}, key=stage_rank)
 
 
 def origin_shares(document: dict) -> list[Record]:
@@ -436,7 +393,7 @@ def origin_shares(document: dict) -> list[Record]:
             "sampling": sampling,
             "mode": mode,
             "tokens": len(origins),
-            "shares": _shares(stages[int(index)] for index in origins),
+            "shares": shares(stages[int(index)] for index in origins),
         }
         for (sampling, mode), origins in found.items()
         if max(map(int, set(origins))) < len(stages)
@@ -450,7 +407,7 @@ def _text(example: Record) -> Record:
         "rate": example.get("tokens_per_oracle_pass"),
         "prompt": example.get("prompt") or "",
         "pieces": pieces,
-        "shares": _shares(stage for _, stage in pieces),
+        "shares": shares(stage for _, stage in pieces),
     }
 
 
@@ -461,25 +418,5 @@ def _title(example: Record) -> str:
 
 def _viewer(example: Record) -> Record:
     """An example's rounds, each drawn."""
-    pieces, trees = example.get("pieces") or [], example.get("trees") or []
-    rounds, committed = [], 0
-    for place, tree in enumerate(trees):
-        drafted = [node for node in tree if node["accepted"] and node["parent"] >= 0]
-        committed += len(drafted) + 1
-        own = None  # the oracle's own token, if the text did not end before it
-        if place + 1 < len(trees) and trees[place + 1]:
-            own = trees[place + 1][0]["token"]
-        elif committed <= len(pieces):
-            own = pieces[committed - 1][0]
-        rounds.append(
-            draw_tree(tree, own)
-            | {
-                "size": len(tree),
-                "evaluated": sum(node["evaluated"] for node in tree),
-                "drafted": len(drafted),
-                "own": own,
-                "path": [(node["token"], node["stage"]) for node in drafted]
-                + ([(own, "oracle")] if own is not None else []),
-            }
-        )
+    rounds = drawn_rounds(example.get("trees") or [], example.get("pieces") or [])
     return {"title": _title(example), "rounds": rounds}

@@ -5,11 +5,13 @@ scores, and a guess is accepted if it *is* the draw. The other school keeps only
 distribution: a guess is a sample of the draft's, accepted with a probability that makes up for
 the difference. Every scheme here is lossless, in the sense of its school:
 
-  shared noise         the text is the one that the oracle alone would have drawn (Gumbel
-                       coupling: Daliri et al. 2024)
-  rejection            a chain (Leviathan et al. 2022; Chen et al. 2023)
-  recursive rejection  a tree whose siblings are drawn without replacement (Jeon et al. 2024,
-                       after the multi-step rejection of SpecInfer, Miao et al. 2023)
+shared noise
+  the text is the one that the oracle alone would have drawn (Gumbel coupling: Daliri et al. 2024)
+rejection
+  a chain (Leviathan et al. 2022; Chen et al. 2023)
+recursive rejection
+  a tree whose siblings are drawn without replacement (Jeon et al. 2024, after the multi-step
+  rejection of SpecInfer, Miao et al. 2023)
 
 All schemes draft alike. The best k of scores plus Gumbel noise, best first, *are* k draws
 without replacement (Kool et al. 2019), so one noise gives the same tree to all of them. Only

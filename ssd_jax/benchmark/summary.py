@@ -184,3 +184,13 @@ def _weighted_mean(records: list[Record], field: str) -> float | None:
 
 def _ratio(numerator: float, denominator: float | None) -> float | None:
     return numerator / denominator if denominator else None
+
+
+def own_first(modes: Record) -> list[tuple[str, Record]]:
+    """Modes and their figures: our own in order, then other baselines, then peers."""
+
+    def rank(item: tuple[str, Record]) -> int:
+        mode = item[0]
+        return MODES.index(mode) if mode in MODES else 3 if mode.startswith(BASELINE) else 4
+
+    return sorted(modes.items(), key=rank)

@@ -20,18 +20,18 @@ STEPS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = "train.py") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py",
+        prog=prog,
         description="From a folder of text to an oracle, a distilled draft and a Katz trigram. "
         "Each step reads what the earlier ones left in the work folder, resumes if it was "
         "interrupted, and can be run alone.",
         epilog="examples:\n"
-        "  train.py all --config configs/python-small.toml\n"
-        "  train.py oracle --set train_oracle.steps=20000\n"
-        "  train.py widen --model checkpoints/python-small/oracle --width 1280 --layers 36 "
+        f"  {prog} all --config configs/python-small.toml\n"
+        f"  {prog} oracle --set train_oracle.steps=20000\n"
+        f"  {prog} widen --model checkpoints/python-small/oracle --width 1280 --layers 36 "
         "--out runs/wide\n"
-        "  train.py quantize --model checkpoints/python-small/oracle --text held-out/*.py "
+        f"  {prog} quantize --model checkpoints/python-small/oracle --text held-out/*.py "
         "--out runs/int8\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -92,15 +92,15 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Entry point of ``scripts/train.py``; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = build_parser(prog).parse_args(argv)
     run = {"widen": _widen, "prune": _prune, "quantize": _quantize}.get(args.step, _run)
     return cli.run_command(
         lambda: run(args),
-        prefix="train.py",
+        prefix=prog,
         remedy="free disk space or correct the path",
-        interrupted="\ntrain.py: interrupted; run the same command again to resume",
+        interrupted=f"\n{prog}: interrupted; run the same command again to resume",
     )
 
 

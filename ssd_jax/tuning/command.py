@@ -31,18 +31,18 @@ examples:
   tune.py --kinds greedy --search-seconds 300 --confirm 6 --out tuning.json
   tune.py --max-new-tokens 32 --limit 4 --dry-run
 
-Ctrl-C ends it early and keeps the best plan so far. decode.py and benchmark.py follow the plan
-from then on; `decode.py --verbose` shows it, `--plan default` leaves it out.
+Ctrl-C ends it early and keeps the best plan so far. Decoding and the benchmark follow the plan
+from then on; --verbose of decoding shows it, --plan default leaves it out.
 """
 
 
-def build_parser() -> cli.Parser:
+def build_parser(prog: str = "tune.py") -> cli.Parser:
     parser = cli.Parser(
-        prog="tune.py",
+        prog=prog,
         description="Find the fastest speculation plans for this device and these models, greedy "
-        "and sampled, and keep them for decode.py. Takes some minutes, most of them compiling. The "
+        "and sampled, and keep them for decoding. Takes some minutes, most of them compiling. The "
         "text that is written never depends on the plan.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace("tune.py", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -219,9 +219,9 @@ def as_json(found: Tuning, stack: Stack) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "tune.py") -> int:
     """Entry point of ``scripts/tune.py``; returns the exit status."""
-    parser = build_parser()
+    parser = build_parser(prog)
     args = parser.parse_args(argv)
     cli.check_stack_arguments(parser, args)
     if not args.temperature:

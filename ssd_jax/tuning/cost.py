@@ -18,8 +18,8 @@ from ssd_jax.tuning.replay import Walk
 ORACLE_WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48)
 DRAFT_WIDTHS = (1, 2, 4, 8, 16, 32)
 
-# What the time is made up of. The seconds of passes alone count too: between other work, with
-# cold caches, a pass takes longer than in a row of its like.
+#: What the time is made up of. The seconds of passes alone count too: between other work, with
+#: cold caches, a pass takes longer than in a row of its like.
 TERMS = (
     "pass alone",
     "round",  # planting, verifying, committing

@@ -1,15 +1,10 @@
-"""Figures and names as the report words them."""
+"""Figures, names and tokens as pages word them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from ssd_jax.benchmark.summary import BASELINE
-from ssd_jax.plan import MODES
-
-Record = dict[str, Any]
 
 MISSING = "–"
 
@@ -103,11 +98,3 @@ def flops(value: float) -> str:
         if value >= unit:
             return f"{value / unit:.3g} {name}flop/s"
     return f"{value:.3g} flop/s"
-
-
-def own_first(modes: Record) -> list[tuple[str, Record]]:
-    def rank(item: tuple[str, Record]) -> int:
-        mode = item[0]
-        return MODES.index(mode) if mode in MODES else 3 if mode.startswith(BASELINE) else 4
-
-    return sorted(modes.items(), key=rank)
