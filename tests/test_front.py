@@ -89,6 +89,30 @@ def test_a_batch_writes_what_each_prompt_gives_alone(stack, plain, mode):
         assert result.stats.new_tokens == sum(result.stats.round_tokens) == len(result.tokens)
 
 
+def test_each_prompt_has_its_own_processors(stack, plain):
+    """What no prompt may say is what each says without."""
+    free = [plain(prompt).tokens for prompt in PROMPTS[::2]]
+    own = dict(
+        bad_words_ids=[[free[0][0]], free[0][4:6]],
+        logit_bias=[{free[1][0]: -50.0}, None],
+        repetition_penalty=[1.3, None],
+        frequency_penalty=[None, 0.4],
+        min_new_tokens=[3, 0],
+        temperature=[0.0, 0.9],
+        min_p=[None, 0.02],
+        seed=[0, 4],
+    )
+    shared = {"bad_words_ids": own["bad_words_ids"]}
+    each = [shared | {k: v[i] for k, v in own.items() if k not in shared} for i in range(2)]
+    alone = [plain(p, **options).tokens for p, options in zip(PROMPTS[::2], each, strict=True)]
+    together = call(stack, PROMPTS[::2], "staged", **own)
+    assert [result.tokens for result in together] == alone != free
+    assert not any(free[0][0] in tokens for tokens in alone)
+    assert free[1][0] not in alone[0]
+    with pytest.raises(SamplingError, match="vocabulary"):
+        call(stack, PROMPTS[0], "baseline", logit_bias={10**6: 1.0})
+
+
 def test_samples_are_what_their_seeds_give_alone(stack, plain):
     options = dict(temperature=1.2, top_k=60)
     several = call(stack, PROMPTS[0], "staged", num_return_sequences=3, seed=5, **options)
