@@ -42,7 +42,7 @@ class Stats:
         :mod:`ssd_jax.program_cache`.
       min_margin: the smallest score difference by which any token was chosen.
       reused_tokens: tokens of the prompt that the oracle's cache already held
-        (:class:`ssd_jax.Session`).
+        (:class:`ssd_jax.session.Session`).
 
     Rounds that began after a stop (up to a few, as the text is looked at every few tokens) count
     in ``seconds`` alone.

@@ -149,7 +149,7 @@ def stream(
 
 class Stream:
     """An iterator over the pieces of a text, made by :func:`stream` or
-    :meth:`ssd_jax.Session.stream`.
+    :meth:`ssd_jax.session.Session.stream`.
 
     The pieces add up to the text of the result. Each holds whole characters, and nothing that may
     still turn out to belong to a stop. Nothing runs between two pieces, nor after :meth:`close`,

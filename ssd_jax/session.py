@@ -74,7 +74,7 @@ class Session:
     def stream(
         self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any
     ) -> Stream:
-        """:func:`ssd_jax.stream` in this session. Closes the session's stream before."""
+        """:func:`ssd_jax.generate.stream` in this session. Closes the session's stream before."""
         tokens = encode_prompt(self.stack, prompt)
         own = one_configuration(config, overrides)
         row = Row(self.stack, tokens, own, follow=True)

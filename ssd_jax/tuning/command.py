@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ssd_jax.plan import Plan
     from ssd_jax.stack import Stack
-    from ssd_jax.tuning.tuner import Row
+    from ssd_jax.tuning.tuner import TableRow
 
 EXAMPLES = """\
 examples:
@@ -159,7 +159,7 @@ def _print(found: Tuning) -> None:
         console.print(f"plans kept in {found.path}", highlight=False, soft_wrap=True)
 
 
-def table(kind: str, rows: Sequence[Row]) -> Table:
+def table(kind: str, rows: Sequence[TableRow]) -> Table:
     """Predicted against measured; the plan that was kept has a star."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -174,7 +174,7 @@ def table(kind: str, rows: Sequence[Row]) -> Table:
     return made
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: TableRow) -> list[str]:
     values = (
         (row.speedup, "{:.2f}x"),
         (row.predicted_speedup, "{:.2f}x"),

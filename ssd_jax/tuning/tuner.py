@@ -29,7 +29,7 @@ Progress = Callable[[str, float], None]  # what is done, and the share of it tha
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """One plan, predicted and measured.
 
     Attributes:
@@ -67,7 +67,7 @@ class Tuning:
     """
 
     tuned: tuned.Tuned
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[TableRow]]
     factors: dict[str, tuple[float, ...]]
     searched: dict[str, int]
     path: Path | None
@@ -280,7 +280,7 @@ class _Job:
         self.plans |= found
         self._measure(["baseline", "default", *found], repeats, "confirming")
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TableRow]:
         """All plans that were measured. Of the last ones, which took turns, the fastest is kept:
         the default and plain decoding are among them."""
         if not self.latest:
@@ -289,10 +289,10 @@ class _Job:
         kept = max(self.latest, key=lambda name: (speeds[name], name == "default"))
         return [self._row(name, kept=name == kept) for name in self.measured]
 
-    def _row(self, name: str, *, kept: bool) -> Row:
+    def _row(self, name: str, *, kept: bool) -> TableRow:
         plan, measured = self.plans[name], self.measured[name]
         figures = measured.speedup, measured.tokens_per_pass
-        row = Row(name, plan, None, figures[0], None, figures[1], None, kept)
+        row = TableRow(name, plan, None, figures[0], None, figures[1], None, kept)
         if self.model is None or name == "baseline":
             return row
         walks = self.replay.walks(plan.unpaced())
