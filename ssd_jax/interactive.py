@@ -14,7 +14,7 @@ from ssd_jax.errors import SsdError
 from ssd_jax.plan import MODES
 
 if TYPE_CHECKING:
-    from ssd_jax.generate import GenerationResult
+    from ssd_jax.batch import GenerationResult
     from ssd_jax.plan import Plan
     from ssd_jax.stack import Stack
 

@@ -10,8 +10,8 @@ import reference
 import toys
 
 from ssd_jax import decode as engine
+from ssd_jax.batch import first_state
 from ssd_jax.errors import SamplingError
-from ssd_jax.generate import first_state
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
 from ssd_jax.processors import History, Processors, process
 from ssd_jax.sampling import Sampling

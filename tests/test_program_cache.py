@@ -12,7 +12,7 @@ from toys import stack
 
 import ssd_jax
 from ssd_jax import program_cache
-from ssd_jax.generate import _programs
+from ssd_jax.batch import _programs
 
 SETTINGS = (
     "jax_compilation_cache_dir",

@@ -14,7 +14,7 @@ from ssd_jax.pages.trees import drawn_rounds
 from ssd_jax.pages.wording import number, stage_label, visible
 
 if TYPE_CHECKING:
-    from ssd_jax.generate import GenerationResult
+    from ssd_jax.batch import GenerationResult
     from ssd_jax.plan import Plan
     from ssd_jax.stack import Stack
 
