@@ -151,15 +151,21 @@ def test_options_reach_the_engine(engine, tmp_path):
     full = run(
         "x --mode speculative --max-new-tokens 9 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7"
         " --checkpoint trio --dtype bfloat16 --tokenizer t.json --stop A --stop B --max-time 1.5"
+        " --min-p 0.1 --repetition-penalty 1.2 --min-new-tokens 3"
     )
     assert (plain, full) == (0, 0)
+    names = ("min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    off = dict.fromkeys((*names, "min_new_tokens"))
     assert engine.calls == [
         dict(prompt="x", mode="staged", max_new_tokens=128, temperature=0.0)
         | dict(top_k=None, top_p=None, seed=0, plan=None)
-        | dict(stop_strings=[], max_time=None, logprobs=None),
+        | dict(stop_strings=[], max_time=None, logprobs=None)
+        | off,
         dict(prompt="x", mode="speculative", max_new_tokens=9, temperature=0.8)
         | dict(top_k=50, top_p=0.95, seed=7, plan=None)
-        | dict(stop_strings=["A", "B"], max_time=1.5, logprobs=None),
+        | dict(stop_strings=["A", "B"], max_time=1.5, logprobs=None)
+        | off
+        | dict(min_p=0.1, repetition_penalty=1.2, min_new_tokens=3),
     ]
     assert engine.loads == [
         (tmp_path, dict(tokenizer=None, dtype=None)),
