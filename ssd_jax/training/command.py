@@ -31,7 +31,7 @@ def build_parser(prog: str = "train.py") -> argparse.ArgumentParser:
         f"  {prog} oracle --set train_oracle.steps=20000\n"
         f"  {prog} widen --model checkpoints/python-small/oracle --width 1280 --layers 36 "
         "--out runs/wide\n"
-        f"  {prog} quantize --model checkpoints/python-small/oracle --text held-out/*.py "
+        f"  {prog} quantize --model checkpoints/python-small/oracle --text held-out/* "
         "--out runs/int8\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
