@@ -88,7 +88,10 @@ def test_noise_is_drawn_once_for_each_position():
         for row in (0, 2):
             for found in (noise, noise._draw_all(draw, jnp.asarray(first))):
                 got = found.values[row, positions[row] % 4]
-                np.testing.assert_array_equal(got, expected[row], f"{first}, row {row}")
+                # To the last bit but one: XLA rounds logarithms by the shape they are taken in.
+                np.testing.assert_allclose(
+                    got, expected[row], 1e-6, 1e-6, err_msg=f"{first}, {row}"
+                )
     greedy = draw_of(temperature=0.0, min_new_tokens=1)
     nothing = Noise.undrawn(1, 4, VOCAB)
     np.testing.assert_array_equal(further(nothing, greedy, jnp.asarray([9])).values, 0)
