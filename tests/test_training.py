@@ -649,7 +649,7 @@ def test_a_full_disk_is_said_and_costs_nothing(run, tmp_path):
     other = _copy_text(run, tmp_path / "work")
     other.oracle(stop_at=12)
     kept = (other.work / "oracle" / "checkpoints" / "10").rglob("*")
-    limit = max(path.stat().st_size for path in kept) // 2
+    limit = max(path.stat().st_size for path in kept) * 9 // 10  # above all else it writes
     # JAX would leave half a program in its cache, too.
     environment = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
     argv = (FULL_DISK, str(limit), *_command(run, "oracle", other.work))
