@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,15 @@ PLANS = {
     ),
 }
 NEAR_TIE = 1e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+    """These models run for longer than they compile, unlike the toys of the other tests."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
