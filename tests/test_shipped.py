@@ -33,9 +33,9 @@ PLANS = {
 NEAR_TIE = 1e-4
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def optimized():
-    """These models run for longer than they compile, unlike the toys of the other tests."""
+    """For a test that runs for longer than it compiles."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -120,7 +120,7 @@ def test_staged_commits_four_tokens_a_pass_and_a_chain_two_and_a_half(stack):
     assert rates["speculative"] >= 2.5
 
 
-def test_baseline_writes_what_transformers_writes(stack):
+def test_baseline_writes_what_transformers_writes(optimized, stack):
     """20 prompts, 96 tokens, float32, greedy."""
     torch = pytest.importorskip("torch")
     from transformers import GPT2LMHeadModel
