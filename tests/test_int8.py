@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ def test_the_model_computes_with_its_rounded_weights(original, rounded):
 
 
 @pytest.mark.skipif(
-    "optimization_level=0" in os.environ.get("XLA_FLAGS", ""),
+    jax.config.read("jax_disable_most_optimizations"),
     reason="about the code that users run; .ci/run compiles it so",
 )
 def test_a_pass_of_one_row_equals_one_of_many_to_the_bit(rounded):
