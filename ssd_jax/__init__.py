@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ssd_jax.stack import Stack as Stack
     from ssd_jax.stack import load as load
     from ssd_jax.tuning.tuner import tune as tune
+    from ssd_jax.verification import verify_lossless as verify_lossless
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _MODULES = {
     "Stack": "stack",
     "load": "stack",
     "tune": "tuning.tuner",
+    "verify_lossless": "verification",
 }
 
 

@@ -12,7 +12,7 @@ from ssd_jax.cli import Parser
 
 # Name: the module whose ``main`` it calls, and what it does.
 COMMANDS = {
-    "decode": ("ssd_jax.cli", "continue a prompt; compare and look at the modes"),
+    "decode": ("ssd_jax.decode_command", "continue a prompt; compare and look at the modes"),
     "train": ("ssd_jax.training.command", "from source text to a trio"),
     "benchmark": ("ssd_jax.benchmark.command", "measure the modes over many prompts"),
     "tune": ("ssd_jax.tuning.command", "find and keep the fastest plans for this device"),

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from ssd_jax import decode as engine
-from ssd_jax import program_cache
+from ssd_jax import memory, program_cache
 from ssd_jax.kv_cache import KVCache
+from ssd_jax.memory import cache_bytes_per_token, weight_bytes
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
-from ssd_jax.stack import Stack, cache_bytes_per_token, weight_bytes
+from ssd_jax.stack import Stack
 
 _LOG = logging.getLogger(__name__)
 
@@ -125,6 +126,9 @@ class Batch:
       capacity: text that the buffers hold; by default just enough for these prompts.
       caches: of an earlier batch of the same capacities, for prompts whose beginnings they hold.
 
+    Raises:
+      InsufficientMemoryError: the device has too little memory left, here or in :meth:`advance`.
+
     Attributes:
       state: of the engine.
       intact: whether ``state`` can be used: not after a run that was interrupted.
@@ -151,21 +155,27 @@ class Batch:
         limits = np.add(self.starts, max_new_tokens)
         limits = np.minimum(limits, stack.oracle.config.n_positions).tolist()
         self.capacities = Capacities.of(plan, capacity or bucket(max(limits)))
+        if caches is None:
+            needed = memory.estimate(self.models, self.capacities, len(prompts))
+            memory.check(needed.caches + needed.passes, self._words, memory.BATCH_REMEDY)
         self.reused = [0] * len(prompts) if caches is None else caches[0].length.tolist()
-        self.state = first_state(
-            self.models,
-            prompts,
-            limits,
-            self.eos_ids,
-            self.capacities,
-            alternatives=_traced_alternatives(alternatives, stack.vocab_size),
-            caches=caches,
-        )
-        tables = stack.tables if plan.uses_trigram else None
-        self._rest = (sampling, jax.device_put(Policy.of(plan)))
-        self._models_and_tables = (self.models, tables)
-        arguments = (*self._models_and_tables, self.state, *self._rest)
-        self._program, *self._compilation = _program(arguments, self.state.limit, self.capacities)
+        with memory.reported(self._words):
+            self.state = first_state(
+                self.models,
+                prompts,
+                limits,
+                self.eos_ids,
+                self.capacities,
+                alternatives=_traced_alternatives(alternatives, stack.vocab_size),
+                caches=caches,
+            )
+            tables = stack.tables if plan.uses_trigram else None
+            self._rest = (sampling, jax.device_put(Policy.of(plan)))
+            self._models_and_tables = (self.models, tables)
+            arguments = (*self._models_and_tables, self.state, *self._rest)
+            self._program, *self._compilation = _program(
+                arguments, self.state.limit, self.capacities
+            )
         self.seconds = 0.0
         self.intact = True
         self._look()
@@ -176,6 +186,10 @@ class Batch:
         self.text, self.length, self.limit, self._finish = map(
             np.array, jax.device_get((state.text, state.length, state.limit, state.finish))
         )
+
+    @property
+    def _words(self) -> str:
+        return f"a batch of {len(self.starts)} rows of {self.capacities.text} tokens"
 
     @property
     def running(self) -> bool:
@@ -193,8 +207,9 @@ class Batch:
         yield_at = self.limit if tokens is None else np.minimum(self.length + tokens, self.limit)
         started = time.perf_counter()
         self.intact = False  # the state is donated: if this is interrupted, it is lost
-        self.state = self._program(*self._models_and_tables, self.state, *self._rest, yield_at)
-        jax.block_until_ready(self.state)
+        with memory.reported(self._words):
+            self.state = self._program(*self._models_and_tables, self.state, *self._rest, yield_at)
+            jax.block_until_ready(self.state)
         self.intact = True
         self.seconds += time.perf_counter() - started
         self._look()
@@ -353,7 +368,6 @@ def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, flo
     if key in _programs:
         return _programs[key], 0.0, False
     started = time.perf_counter()
-    _LOG.info("compiling")
     _LOG.info("compiling")
     lowered = engine.decode.lower(*arguments, yield_at, capacities=capacities)
     with program_cache.keeping() as origin:

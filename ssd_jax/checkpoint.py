@@ -179,7 +179,9 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GPT2:
+def load_model(
+    path_or_name: str | os.PathLike, *, dtype: Any = "float32", exact: bool = False
+) -> GPT2:
     """A GPT-2 with the weights of a folder, or of a model on the Hugging Face hub.
 
     Args:
@@ -189,22 +191,24 @@ def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GP
         products and cache. Biases and layer norms are float32 in any case. ``int8`` rounds
         kernels and token embeddings to 8 bits (:mod:`ssd_jax.int8`), with attention and cache of
         the type that suits the backend. Weights stored in 8 bits stay so with every ``dtype``.
+      exact: as for :class:`~ssd_jax.gpt2.GPT2`.
 
     Raises:
       CheckpointError: something is missing, damaged, unexpected, misshapen or not finite.
       ConfigError: ``config.json`` or ``dtype`` asks for something unsupported.
     """
-    rounded = _parse_dtype(dtype, NUMERICS) == jnp.int8
-    operands = _parse_dtype(default_dtype() if rounded else dtype)
     folder = files.locate(path_or_name, _MODEL_FILES)
-    config = load_config(folder)
-    stored = operands
-    if files.read_json(folder / "config.json").get("quantization_config") == _INT8:
-        rounded, stored = False, np.dtype(np.int8)
+    result = abstract_model(folder, dtype=dtype, exact=exact)
+    config, operands = result.config, result.dtype
+    rounded = result.numerics == "int8" and not _holds_int8(folder)
+    turned = result.exact and result.numerics != "int8"
     if not _weight_files(folder):
         folder = files.locate(path_or_name, _OTHER_MODEL_FILES)
     path, tensors = _open_weights(folder)
-    model = gpt2.abstract(config, dtype=operands, param_dtype=stored)
+    # What is stored, of which the result is made while reading.
+    model = result
+    if rounded or turned:
+        model = gpt2.abstract(config, dtype=operands, param_dtype=operands)
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     shapes = {_hf_name(keys): tuple(param.shape) for keys, param in params}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -222,13 +226,38 @@ def load_model(path_or_name: str | os.PathLike, *, dtype: Any = "float32") -> GP
 
     values = read()
     if rounded:
-        model = gpt2.abstract(config, dtype=operands, param_dtype=jnp.int8)
         values = gpt2.quantized(values)
-    return _with_weights(model, values)
+    elif turned:
+        values = gpt2.turned(values)
+    return _with_weights(result, values)
+
+
+def abstract_model(
+    path_or_name: str | os.PathLike, *, dtype: Any = "float32", exact: bool = False
+) -> GPT2:
+    """What :func:`load_model` would give, with shapes in place of weights: of a hub's model only
+    ``config.json`` is fetched. Arguments and errors are the same."""
+    rounded = _parse_dtype(dtype, NUMERICS) == jnp.int8
+    operands = _parse_dtype(default_dtype() if rounded else dtype)
+    eight = rounded or _holds_int8(path_or_name)
+    config = load_config(path_or_name)
+    stored = jnp.int8 if eight else operands
+    return gpt2.abstract(config, dtype=operands, param_dtype=stored, exact=exact)
+
+
+def _holds_int8(path_or_name: str | os.PathLike) -> bool:
+    path = files.locate(path_or_name, _CONFIG_FILES) / "config.json"
+    return path.is_file() and files.read_json(path).get("quantization_config") == _INT8
 
 
 def quantize(model: GPT2) -> GPT2:
-    """The model with its kernels and token embeddings rounded to 8 bits (:mod:`ssd_jax.int8`)."""
+    """The model with its kernels and token embeddings rounded to 8 bits (:mod:`ssd_jax.int8`).
+
+    Raises:
+      ConfigError: it is an exact model, or of 8 bits already.
+    """
+    if model.exact or model.numerics == "int8":
+        raise ConfigError("8 bits are made of the original; load it without exact or int8")
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     rounded = gpt2.abstract(model.config, dtype=model.dtype, param_dtype=jnp.int8)
     return _with_weights(rounded, gpt2.quantized((keys, param[...]) for keys, param in params))
@@ -474,15 +503,17 @@ def save_model(
     folder = Path(folder)
     target = None if dtype is None else _parse_dtype(dtype)
     eight = model.numerics == "int8"
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    values = ((keys, param[...]) for keys, param in params)
+    if model.exact and not eight:
+        values = gpt2.turned(values)
     if eight and target is not None:
         raise ConfigError(f"8-bit weights cannot be saved as {target.name}; leave dtype out")
     tensors = {}
-    for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for keys, value in values:
         name = _hf_name(keys)
         name = name if name == "lm_head.weight" else f"transformer.{name}"
-        tensors[name] = _to_finite(
-            np.asarray(param[...]), target or param.dtype, f"tensor {name!r}"
-        )
+        tensors[name] = _to_finite(np.asarray(value), target or value.dtype, f"tensor {name!r}")
     widest = max((tensor.dtype for tensor in tensors.values()), key=lambda d: d.itemsize)
     extra: dict[str, Any] = {_LABEL: label} if label else {}
     if eight:

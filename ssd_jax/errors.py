@@ -36,3 +36,7 @@ class PlanError(SsdError, ValueError):
 
 class DataError(SsdError, ValueError):
     """Training or benchmark input cannot be used."""
+
+
+class InsufficientMemoryError(SsdError, MemoryError):
+    """Models, caches or a pass need more memory than the device has left."""

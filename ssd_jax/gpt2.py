@@ -8,6 +8,12 @@ Numerics: the residual stream, layer norms, biases, attention scores and softmax
 Matrix products take operands of ``model.dtype`` and accumulate in float32; float32 operands
 use the highest precision (no TF32). ``reorder_and_upcast_attn`` is therefore always in force.
 Weights may be int8 instead (:mod:`ssd_jax.int8`); attention keeps to ``model.dtype`` then.
+
+Exact models: XLA computes a sum in another order, and a product by other code, as the number of
+rows of a pass changes, so that a token's logits differ in their last bits between a one-row pass
+and a tree's. An ``exact`` model gives them alike to the bit: norms and attention are summed in
+float64, and products are of the one form whose rows XLA's library computes independently of each
+other (weights ``[out, in]`` on the right, two rows or more).
 """
 
 from __future__ import annotations
@@ -30,6 +36,9 @@ from ssd_jax.spans import within
 
 # A tile of a tensor core: fewer rows cost as much on a GPU, and in more kernels.
 _FUSED_ROWS = 16
+# An exact model's product has at least two rows on a CPU, since one alone is no matrix product to
+# XLA, and elsewhere a multiple of so many, on which the library's choice of a kernel depends.
+_EXACT_TILE = 32
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
@@ -143,25 +152,49 @@ def _narrow_product_backward(spec, operands, cotangent):
 _narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
+def _exact_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
+    """``[..., in]`` times ``[out, in]``, each row alike whatever the others are and how many."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    backend = jax.default_backend()
+    padded = max(count, 2) if backend == "cpu" else -(-count // _EXACT_TILE) * _EXACT_TILE
+    rows = jnp.pad(rows, ((0, padded - count), (0, 0)))
+    out = _product("ri,oi->ro", rows, weights, dtype)[:count]
+    return out.reshape(*x.shape[:-1], -1)
+
+
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with a ``[in, out]`` kernel; an int8 one is ``[out, in]``."""
+    """``x @ kernel + bias`` with an ``[in, out]`` kernel; an int8 or exact one is ``[out, in]``."""
 
     def __init__(
-        self, n_in: int, n_out: int, *, std: float, dtype, param_dtype, activations8, rngs: nnx.Rngs
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        std: float,
+        dtype,
+        param_dtype,
+        activations8: bool,
+        exact: bool,
+        rngs: nnx.Rngs,
     ):
-        shape = (n_in, n_out) if param_dtype != jnp.int8 else (n_out, n_in)
+        turned = exact or param_dtype == jnp.int8
+        shape = (n_out, n_in) if turned else (n_in, n_out)
         self.kernel = _weights(shape, std, param_dtype, rngs)
         self.kernel_scale = _scales(n_out, param_dtype)
         self.bias = nnx.Param(jnp.zeros((n_out,), jnp.float32))
         self.dtype = dtype
         self.activations8 = activations8
+        self.exact = exact
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.kernel_scale is None:
-            out = _product("bti,io->bto", x, self.kernel[...], self.dtype)
-        else:
+        if self.kernel_scale is not None:
             eight = (self.kernel[...], self.kernel_scale[...])
             out = int8.product(x, *eight, dtype=self.dtype, activations=self.activations8)
+        elif self.exact:
+            out = _exact_product(x, self.kernel[...], self.dtype)
+        else:
+            out = _product("bti,io->bto", x, self.kernel[...], self.dtype)
         return out + self.bias[...]
 
 
@@ -186,7 +219,7 @@ class Attention(nnx.Module):
         self.heads = config.n_head
         self.dtype = kinds["dtype"]
         self.attention = attention
-        self.exact = kinds["activations8"]
+        self.exact = kinds["exact"]
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
@@ -235,6 +268,8 @@ class Attention(nnx.Module):
     def _attend_exactly(self, query, key, value, mask):
         """:meth:`_attend` with sums and exponentials in float64: rounded to float32, they hardly
         ever tell in what order they were made, or by which of XLA's code for few or many rows."""
+        # Rounded as they are in a cache.
+        key, value = key.astype(self.dtype), value.astype(self.dtype)
         with jax.enable_x64(True):
             query, key, value = (x.astype(jnp.float64) for x in (query, key, value))
             scores = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
@@ -286,9 +321,9 @@ class MLP(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config: GPT2Config, layer: int, attention: str, **kinds):
-        self.ln_1 = _layer_norm(config, kinds["activations8"], kinds["rngs"])
+        self.ln_1 = _layer_norm(config, kinds["exact"], kinds["rngs"])
         self.attn = Attention(config, layer, attention, **kinds)
-        self.ln_2 = _layer_norm(config, kinds["activations8"], kinds["rngs"])
+        self.ln_2 = _layer_norm(config, kinds["exact"], kinds["rngs"])
         self.mlp = MLP(config, **kinds)
 
     def __call__(self, x, mask, cached, offset, rngs):
@@ -312,6 +347,8 @@ class GPT2(nnx.Module):
         ``cudnn`` is one fused kernel (:func:`jax.nn.dot_product_attention`; 16-bit operands on an
         NVIDIA GPU only), with ``[B, S, H, I]`` caches; ``xla`` is the latter's arithmetic in that
         layout anywhere. By default what suits the backend.
+      exact: logits depend on a token's own path alone, to the bit, see above. Always so with
+        ``activations8``, and never with 8-bit weights otherwise.
       rngs: initial weights are drawn from ``rngs.params``.
     """
 
@@ -323,17 +360,24 @@ class GPT2(nnx.Module):
         param_dtype=jnp.float32,
         activations8: bool | None = None,
         attention: str | None = None,
+        exact: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.attention = attention or _default_attention(config, self.dtype)
         stored = jnp.dtype(param_dtype)
         if activations8 is None:
             activations8 = jax.default_backend() == "cpu"
         self.activations8 = activations8 and stored == jnp.int8
-        kinds = dict(
-            dtype=self.dtype, param_dtype=stored, activations8=self.activations8, rngs=rngs
+        self.exact = self.activations8 or (exact and stored != jnp.int8)
+        suitable = "einsum" if self.exact else _default_attention(config, self.dtype)
+        self.attention = attention or suitable
+        kinds: dict[str, Any] = dict(
+            dtype=self.dtype,
+            param_dtype=stored,
+            activations8=self.activations8,
+            exact=self.exact,
+            rngs=rngs,
         )
 
         def table(rows: int, dtype) -> nnx.Param:
@@ -345,7 +389,7 @@ class GPT2(nnx.Module):
         self.h = nnx.List(
             [Block(config, layer, self.attention, **kinds) for layer in range(config.n_layer)]
         )
-        self.ln_f = _layer_norm(config, self.activations8, rngs)
+        self.ln_f = _layer_norm(config, self.exact, rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else table(config.vocab_size, stored)
         self.lm_head_scale = None if tied else _scales(config.vocab_size, stored)
@@ -420,6 +464,8 @@ class GPT2(nnx.Module):
         head, scale = self.lm_head, self.lm_head_scale
         if head is None:
             head, scale = self.wte, self.wte_scale
+        if scale is None and self.exact:
+            return _exact_product(x, head[...], self.dtype)
         if scale is None:
             return _product("bte,ve->btv", x, head[...], self.dtype)
         eight = (head[...], scale[...])
@@ -430,6 +476,13 @@ class GPT2(nnx.Module):
         c = self.config
         axis = 2 if self.attention == "einsum" else 1
         return kv_cache.init(c.n_layer, batch, c.n_head, slots, c.head_dim, self.dtype, axis)
+
+
+def turned(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:
+    """What an exact model has in place of another one's parameters, and the other way round: paths
+    (as from ``nnx.to_flat_state``) and values, of which kernels are transposed."""
+    for path, value in params:
+        yield path, value.T if path[-1] == "kernel" else value
 
 
 def quantized(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:

@@ -56,13 +56,13 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 
 
 @dataclasses.dataclass
-class Session:
+class Dialogue:
     """One stack, and how it decodes until told otherwise.
 
     Attributes:
       stack: with a tokenizer.
       settings: a value for each name of ``SETTINGS``.
-      plan: for the mode that the session began with; others follow their own.
+      plan: for the mode that the dialogue began with; others follow their own.
     """
 
     stack: Stack

@@ -34,14 +34,19 @@ class _Handler(logging.Handler):
         self.status = status
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.status.update(_Stage(record.getMessage()))
+        if getattr(record, "stays", False):
+            print_ = self.status.console.print
+            print_(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        else:
+            self.status.update(_Stage(record.getMessage()))
 
 
 @contextmanager
 def stages(first: str) -> Iterator[Status]:
     """Show ``first``, then what the package logs (level ``INFO``): weights, compilation.
 
-    Nothing is shown where standard error is no terminal.
+    Nothing is shown where standard error is no terminal, but for records with the attribute
+    ``stays``: they become lines of their own.
     """
     from rich.console import Console
 

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ssd_jax import checkpoint, shipped
+from ssd_jax import checkpoint, memory, shipped
 from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.ngram import KatzModel, NGramTables
-from ssd_jax.plan import MAX_TRIGRAM_BRANCH
+from ssd_jax.plan import MAX_TRIGRAM_BRANCH, Capacities, Plan
 from ssd_jax.tokenizer import Tokenizer
 
 PathLike = str | os.PathLike
@@ -96,7 +96,7 @@ class Stack:
         those that are quickly read (biases, norms, positions), which any training moves."""
         parts = hashlib.sha256()
         for model in (self.oracle, *self.drafts):
-            parts.update(repr((model.config, model.numerics)).encode())
+            parts.update(repr((model.config, model.numerics, model.exact)).encode())
             for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
                 parts.update(repr((leaf.shape, str(leaf.dtype))).encode())
                 if leaf.ndim == 1:
@@ -122,6 +122,7 @@ def load(
     ngram: PathLike | KatzModel | None = None,
     tokenizer: PathLike | Tokenizer | None = None,
     dtype: str | None = None,
+    exact: bool = False,
 ) -> Stack:
     """Load a stack.
 
@@ -136,11 +137,15 @@ def load(
       dtype: ``float32`` (the default on a CPU), ``bfloat16`` (the default on a GPU),
         ``float16``, or ``int8`` for an oracle of 8-bit weights (:mod:`ssd_jax.int8`), which is
         another model than the original.
+      exact: an oracle whose logits do not depend on a pass's other rows, to the bit, so that tree
+        passes cannot decide a near tie otherwise than plain decoding does. It has roundings of its
+        own, and is slower (``docs/reliability.md``).
 
     Raises:
       CheckpointError: a part is missing or damaged.
       ConfigError: arguments or a configuration make no sense.
       VocabularyMismatchError: the parts do not share one vocabulary.
+      InsufficientMemoryError: the weights need more memory than is left.
     """
     if (path is None) == (oracle is None):
         raise ConfigError("give either a trio folder or oracle=..., not both")
@@ -154,9 +159,12 @@ def load(
     dtype = dtype or checkpoint.default_dtype()
     # Drafts are small: 8 bits would save little, and cost agreement.
     of_drafts = checkpoint.default_dtype() if dtype == "int8" else dtype
-    _check_vocabularies(oracle, drafts)
+    sources = [(oracle, dtype), *((draft, of_drafts) for draft in drafts)]
+    _check_before_reading(sources, named=path is None)
+    if exact and isinstance(oracle, GPT2) and not oracle.exact:
+        raise ConfigError("exact is for an oracle that is loaded here; give GPT2 itself exact=True")
     return Stack(
-        oracle=_model(oracle, dtype),
+        oracle=_model(oracle, dtype, exact),
         drafts=tuple(_model(draft, of_drafts) for draft in drafts),
         ngram=_ngram(ngram),
         tokenizer=_tokenizer(tokenizer, oracle),
@@ -179,21 +187,40 @@ def _parts(folder: Path) -> tuple[Path, list[Path], Path | None]:
     )
 
 
-def _check_vocabularies(oracle: PathLike | GPT2, drafts: Sequence[PathLike | GPT2]) -> None:
-    """Compare configurations before any weights are read."""
-    sizes = [
-        (m.config if isinstance(m, GPT2) else checkpoint.load_config(m)).vocab_size
-        for m in (oracle, *drafts)
+def _check_before_reading(sources: Sequence[tuple[PathLike | GPT2, str]], *, named: bool) -> None:
+    """Vocabularies and memory, by configurations alone. Of models that the user ``named`` the
+    estimate is shown, not only logged."""
+    models = [
+        m if isinstance(m, GPT2) else checkpoint.abstract_model(m, dtype=dtype)
+        for m, dtype in sources
     ]
-    for index, size in enumerate(sizes[1:], start=1):
-        _same_vocabulary(f"draft{index if index > 1 else ''}", size, sizes[0])
+    oracle, *drafts = models
+    for index, draft in enumerate(drafts, start=1):
+        name = f"draft{index if index > 1 else ''}"
+        _same_vocabulary(name, draft.config.vocab_size, oracle.config.vocab_size)
+    capacities = Capacities.of(
+        Plan.for_mode("staged", len(drafts), True), oracle.config.n_positions
+    )
+    needed = memory.estimate(models, capacities)
+    _LOG.info(
+        "%s, about %s of memory for a text of the full context",
+        oracle.numerics,
+        needed,
+        extra={"stays": named},
+    )
+    unread = sum(
+        memory.weights(model)
+        for model, (source, _) in zip(models, sources, strict=True)
+        if not isinstance(source, GPT2)
+    )
+    memory.check(unread, f"the stack in {oracle.numerics}")
 
 
-def _model(source: PathLike | GPT2, dtype: str) -> GPT2:
+def _model(source: PathLike | GPT2, dtype: str, exact: bool = False) -> GPT2:
     if isinstance(source, GPT2):
         return source
     _LOG.info("loading %s", source)
-    return checkpoint.load_model(source, dtype=dtype)
+    return checkpoint.load_model(source, dtype=dtype, exact=exact)
 
 
 def _ngram(source: PathLike | KatzModel | None) -> KatzModel | None:
@@ -213,16 +240,3 @@ def _tokenizer(source, oracle) -> Tokenizer | None:
             return None
         source = oracle
     return source if isinstance(source, Tokenizer) else Tokenizer.load(source)
-
-
-def weight_bytes(model: GPT2) -> int:
-    """Bytes of weights that one forward pass reads: all but the embedding rows not looked up."""
-    total = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    skipped = model.wpe[...].nbytes + (0 if model.lm_head is None else model.wte[...].nbytes)
-    return total - skipped
-
-
-def cache_bytes_per_token(model: GPT2) -> int:
-    """Bytes of keys and values that one cached token costs each pass."""
-    width = model.config.n_layer * model.config.n_embd
-    return 2 * width * model.dtype.itemsize

@@ -14,11 +14,11 @@ from prompts import REPOSITORY, TRIO
 from test_cli import make_result
 
 import ssd_jax
-from ssd_jax import cli
 from ssd_jax.benchmark import ablations, command, measure, peers, results, schemes
 from ssd_jax.benchmark.prompts import load_prompts, read_prompts
 from ssd_jax.benchmark.summary import by_prompt, is_repetitive, speedups, summarize
 from ssd_jax.errors import DataError
+from ssd_jax.plan import MODES as ALL_MODES
 from ssd_jax.plan import Plan
 from ssd_jax.rounds import round_trees
 
@@ -326,7 +326,7 @@ def use_engine(monkeypatch, generate, checkpoint):
     stack = ssd_jax.load(TRIO.parent / "python-tiny")
     monkeypatch.setattr(ssd_jax, "load", lambda *_, **__: stack, raising=False)
     monkeypatch.setattr(ssd_jax, "generate", generate, raising=False)
-    monkeypatch.setattr(cli, "shipped_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr("ssd_jax.cli.shipped_checkpoint", lambda: checkpoint)
 
 
 def test_command_writes_results_whose_summary_follows_from_its_records(
@@ -340,12 +340,12 @@ def test_command_writes_results_whose_summary_follows_from_its_records(
     assert document["schema"] == results.SCHEMA
     assert len(document["records"]) == 2 * 2 * 4
     assert document["summary"] == summarize(document["records"], document["costs"])
-    assert set(document["costs"]) == {*cli.MODES, "baseline-bfloat16"}
+    assert set(document["costs"]) == {*ALL_MODES, "baseline-bfloat16"}
     assert set(document["costs"]["staged"]["oracle"]["narrower"]) == {"1"}
     conditions = document["conditions"]
     assert conditions["prompts"] == "prompts.jsonl"
     assert (conditions["backend"], conditions["dtype"]) == ("cpu", "float32")
-    assert set(conditions["plans"]) == set(cli.MODES)
+    assert set(conditions["plans"]) == set(ALL_MODES)
     assert str(tmp_path) not in json.dumps(document), "no path of this machine is recorded"
     printed = capsys.readouterr().out
     assert "2/2" in printed and "times draft's parameters" in printed and "8-gram" in printed

@@ -16,11 +16,11 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
 import ssd_jax
-from ssd_jax import cli, shipped
+from ssd_jax import cli, decode_command, shipped
 from ssd_jax.checkpoint import save_model
 from ssd_jax.errors import CheckpointError, PromptError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2, GPT2Config
-from ssd_jax.plan import DraftPlan, Plan
+from ssd_jax.plan import MODES, DraftPlan, Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON_KEYS = {
@@ -110,7 +110,7 @@ def engine(monkeypatch, tmp_path):
 
 
 def run(arguments: str) -> int:
-    return cli.main(shlex.split(arguments))
+    return decode_command.main(shlex.split(arguments))
 
 
 def error_line(captured) -> str:
@@ -122,7 +122,7 @@ def error_line(captured) -> str:
 
 
 def test_json_is_one_object_with_the_documented_keys(engine, capsys):
-    assert cli.main(["--json", "def add(a, b):"]) == 0
+    assert decode_command.main(["--json", "def add(a, b):"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert set(document) == JSON_KEYS
     assert document["text"] == "return a + b\n\n"
@@ -140,14 +140,14 @@ def test_json_is_one_object_with_the_documented_keys(engine, capsys):
 
 
 def test_text_streams_after_the_prompt(engine, capsys):
-    assert cli.main(["def add(a, b):\n    "]) == 0
+    assert decode_command.main(["def add(a, b):\n    "]) == 0
     captured = capsys.readouterr()
     assert captured.out == "def add(a, b):\n    return a + b\n\n\n"
     assert "3 tokens" in captured.err
 
 
 def test_options_reach_the_engine(engine, tmp_path):
-    plain = cli.main(["x"])
+    plain = decode_command.main(["x"])
     full = run(
         "x --mode speculative --max-new-tokens 9 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7"
         " --checkpoint trio --dtype bfloat16 --tokenizer t.json --stop A --stop B --max-time 1.5"
@@ -215,7 +215,7 @@ def test_prompt_sources(engine, monkeypatch, tmp_path):
     file.write_bytes("é = 1\r\n".encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from stdin\r\n")))
     for argv in (["--prompt-file", str(file)], ["-"], ["--prompt-tokens", "1, 2,3"], [""]):
-        assert cli.main(argv) == 0
+        assert decode_command.main(argv) == 0
     prompts = [call["prompt"] for call in engine.calls]
     assert prompts == ["é = 1\r\n", "from stdin\r\n", [1, 2, 3], ""]
 
@@ -226,7 +226,7 @@ def test_a_prompt_that_is_not_utf8_is_refused(engine, monkeypatch, tmp_path, cap
     file.write_bytes(b"caf\xe9")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
     argv = {"argument": ["caf\udce9"], "file": ["--prompt-file", str(file)], "stdin": ["-"]}
-    assert cli.main(argv[source]) == 2
+    assert decode_command.main(argv[source]) == 2
     assert "UTF-8" in error_line(capsys.readouterr())
     assert engine.loads == []
 
@@ -238,7 +238,7 @@ def test_compare_takes_the_median_and_the_modes_take_turns(engine, capsys):
         "speculative": [99.0, 3.0, 3.0, 3.0],
         "staged": [99.0, 1.0, 2.0, 1.5],
     }
-    assert cli.main(["--compare", "--json", "x"]) == 0
+    assert decode_command.main(["--compare", "--json", "x"]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert set(document) == JSON_KEYS | {"compare", "output_identical"}
@@ -253,27 +253,27 @@ def test_compare_takes_the_median_and_the_modes_take_turns(engine, capsys):
     assert document["compare"]["baseline"]["tokens_per_second"] == 0.5
     assert "4.00x" in captured.err, "speed-up of staged: 6.0 s over 1.5 s"
     timed = [call["mode"] for call in engine.calls][3:]
-    assert [set(timed[i : i + 3]) for i in (0, 3, 6)] == [set(cli.MODES)] * 3
+    assert [set(timed[i : i + 3]) for i in (0, 3, 6)] == [set(MODES)] * 3
 
 
-@pytest.mark.parametrize("deviant", cli.MODES)
+@pytest.mark.parametrize("deviant", MODES)
 @pytest.mark.parametrize("tokens", [(5, 6, 8), (5, 6)])
 def test_compare_notices_different_output(engine, capsys, deviant, tokens):
     engine.tokens = {deviant: tokens}
-    assert cli.main(["--compare", "x"]) == 0
+    assert decode_command.main(["--compare", "x"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "output identical: no" in lines
     assert any("0.25" in line for line in lines), "the smallest margin is printed"
 
 
 def test_compare_ends_with_its_verdict(engine, capsys):
-    assert cli.main(["--compare", "x"]) == 0
+    assert decode_command.main(["--compare", "x"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "output identical: yes"
 
 
 def test_compare_leaves_out_speculative_where_there_is_no_draft(engine, capsys):
     engine.drafts = ()
-    assert cli.main(["--compare", "--json", "x"]) == 0
+    assert decode_command.main(["--compare", "--json", "x"]) == 0
     assert set(json.loads(capsys.readouterr().out)["compare"]) == {"baseline", "staged"}
 
 
@@ -289,7 +289,7 @@ def test_numbers_that_json_lacks_become_null(engine, monkeypatch, capsys):
     result.stats.relative_bandwidth = float("nan")
     result.stats.tokens_per_second = float("inf")
     monkeypatch.setattr(ssd_jax, "generate", lambda *_, **__: result)
-    assert cli.main(["--json", "x"]) == 0
+    assert decode_command.main(["--json", "x"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["relative_bandwidth"] is None
     assert document["tokens_per_second"] is None
@@ -349,31 +349,31 @@ def test_bad_arguments_are_one_line_and_status_2(engine, capsys, arguments, name
 )
 def test_errors_are_one_line_and_status_2(engine, capsys, error):
     engine.error = error
-    assert cli.main(["--json", "x"]) == 2
+    assert decode_command.main(["--json", "x"]) == 2
     words = " ".join(str(error.filename or error) if isinstance(error, OSError) else str(error))
     assert "".join(words.split()) in "".join(error_line(capsys.readouterr()).split())
 
 
 def test_interrupt_is_status_130(engine, capsys):
     engine.error = KeyboardInterrupt()
-    assert cli.main(["--json", "x"]) == 130
+    assert decode_command.main(["--json", "x"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_bug_is_not_disguised_as_a_user_error(engine):
     engine.error = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
-        cli.main(["x"])
+        decode_command.main(["x"])
 
 
 def test_missing_prompt_file(engine, capsys, tmp_path):
-    assert cli.main(["--prompt-file", str(tmp_path / "absent.py")]) == 2
+    assert decode_command.main(["--prompt-file", str(tmp_path / "absent.py")]) == 2
     assert "absent.py" in error_line(capsys.readouterr())
 
 
 def test_missing_shipped_checkpoint(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(shipped, "_FOLDERS", (tmp_path,))
-    assert cli.main(["x"]) == 2
+    assert decode_command.main(["x"]) == 2
     assert "--oracle" in error_line(capsys.readouterr())
 
 
@@ -402,11 +402,14 @@ def test_real_models_agree_in_all_modes(tiny, tmp_path, capsys):
     plan.write_text(small.to_json())
     svg = tmp_path / "text.svg"
     argv = ["--oracle", tiny / "oracle", "--draft", tiny / "draft", "--plan", plan, "--svg", svg]
-    assert cli.main([*map(str, argv), "--compare", "--json", "--max-new-tokens", "8", "ab"]) == 0
+    assert (
+        decode_command.main([*map(str, argv), "--compare", "--json", "--max-new-tokens", "8", "ab"])
+        == 0
+    )
     document = json.loads(capsys.readouterr().out)
     assert svg.read_text().startswith("<svg")
     assert document["output_identical"] is True
-    assert set(document["compare"]) == set(cli.MODES)
+    assert set(document["compare"]) == set(MODES)
     assert document["new_tokens"] == len(document["tokens"]) == len(document["origins"]) == 8
     assert document["passes"]["oracle"] == document["rounds"]
     assert document["compare"]["baseline"]["tokens_per_oracle_pass"] == 1.0
@@ -435,7 +438,7 @@ def run_script(*argv: str) -> subprocess.CompletedProcess:
 
 
 def test_verbose_shows_the_plan_and_where_the_time_went(engine, capsys):
-    assert cli.main(["--verbose", "--json", "--plan", "default", "x"]) == 0
+    assert decode_command.main(["--verbose", "--json", "--plan", "default", "x"]) == 0
     captured = capsys.readouterr()
     assert set(json.loads(captured.out)) == JSON_KEYS
     head, *plan, line = captured.err.splitlines()
@@ -449,7 +452,7 @@ def test_help_needs_no_jax():
     code = """
 import sys
 from importlib import import_module
-for name in ("cli", "benchmark.command", "training.command"):
+for name in ("decode_command", "benchmark.command", "training.command"):
     try:
         import_module(f"ssd_jax.{name}").main(["--help"])
     except SystemExit as end:

@@ -22,8 +22,8 @@ from ssd_jax.errors import (
     SamplingError,
     VocabularyMismatchError,
 )
+from ssd_jax.memory import cache_bytes_per_token, weight_bytes
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan
-from ssd_jax.stack import cache_bytes_per_token, weight_bytes
 from ssd_jax.tokenizer import Tokenizer
 
 VOCAB = 300

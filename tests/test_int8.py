@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,32 +88,6 @@ def test_the_model_computes_with_its_rounded_weights(original, rounded):
     off = np.abs(rounded(tokens)[0] - expected)
     assert 0 < off.mean() < 0.05 * np.std(expected)
     assert rounded.numerics == "int8" and rounded.dtype == jnp.float32
-
-
-@pytest.mark.skipif(
-    jax.config.read("jax_disable_most_optimizations"),
-    reason="about the code that users run; .ci/run compiles it so",
-)
-def test_a_pass_of_one_row_equals_one_of_many_to_the_bit(rounded):
-    """What an 8-bit tree pass needs: rounding turns a last bit into a hundredth."""
-    length, slots = 40, 64
-    tokens = np.arange(length)[None] * 11 % toys.VOCAB
-    step = jax.jit(
-        lambda model, tokens, first, cache: model(
-            tokens,
-            first + jnp.arange(tokens.shape[1])[None],
-            mask=jnp.arange(slots) <= (first + jnp.arange(tokens.shape[1]))[None, :, None],
-            cache=cache,
-            offset=first,
-        )
-    )
-    whole = np.asarray(jax.jit(lambda model: model(tokens)[0])(rounded))
-    for rows in (1, 5, 20):
-        cache, logits = rounded.init_cache(1, slots), []
-        for first in range(0, length, rows):
-            some, cache = step(rounded, tokens[:, first : first + rows], first, cache)
-            logits.append(some)
-        np.testing.assert_array_equal(np.concatenate(logits, axis=1), whole)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20, "seed": 3}])

@@ -9,9 +9,9 @@ from browser import CHROMIUM, HOSTILE, Page, chromium
 from rich.control import strip_control_codes
 
 import ssd_jax
-from ssd_jax import cli, progress, shipped, show
+from ssd_jax import decode_command, progress, shipped, show
 from ssd_jax.generate import encode_prompt
-from ssd_jax.interactive import SETTINGS, Session
+from ssd_jax.interactive import SETTINGS, Dialogue
 from ssd_jax.pages import text
 from ssd_jax.plan import DraftPlan, NGramPlan, Plan
 from ssd_jax.rounds import oracle_view
@@ -177,8 +177,10 @@ def test_statistics_are_those_of_the_result(result, capsys):
 @pytest.fixture
 def session(stack, monkeypatch, tmp_path):
     monkeypatch.setenv("SSD_JAX_CACHE", str(tmp_path))
-    args = cli.parse_args(["-i", "--max-new-tokens", "24", "--temperature", "0.7", "--seed", "5"])
-    return Session(stack, {name: getattr(args, name) for name in SETTINGS}, PLAN)
+    args = decode_command.parse_args(
+        ["-i", "--max-new-tokens", "24", "--temperature", "0.7", "--seed", "5"]
+    )
+    return Dialogue(stack, {name: getattr(args, name) for name in SETTINGS}, PLAN)
 
 
 def talk(session, *lines):
@@ -223,7 +225,7 @@ def test_a_prompt_that_is_refused_ends_no_session(session, capsys):
 def test_interactive_takes_no_prompt(capsys):
     for argv in (["-i", "x"], ["-i", "--json"], ["-i", "--html", "f"]):
         with pytest.raises(SystemExit) as end:
-            cli.main(argv)
+            decode_command.main(argv)
         assert end.value.code == 2 and "--interactive" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ssd_jax import cli
+from ssd_jax.comparison import finite
 
 if TYPE_CHECKING:
     from ssd_jax.batch import GenerationResult
@@ -88,8 +88,8 @@ def timed(generate: Callable[[], GenerationResult], stack: Stack) -> Record:
         "round_passes": {stage: list(count) for stage, count in stats.round_passes.items()},
         "round_widths": list(stats.round_widths),
         "origins": "".join(str(stack.stage_names.index(origin)) for origin in result.origins),
-        "relative_bandwidth": cli.finite(stats.relative_bandwidth),
-        "min_margin": cli.finite(stats.min_margin),
+        "relative_bandwidth": finite(stats.relative_bandwidth),
+        "min_margin": finite(stats.min_margin),
     }
 
 

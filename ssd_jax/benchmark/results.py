@@ -65,7 +65,7 @@ def conditions(stack: Stack, plans: Mapping[str, Plan], options: Mapping[str, An
 
     from ssd_jax.device import cores, device_name, read_text
     from ssd_jax.gpt2 import parameter_count
-    from ssd_jax.stack import cache_bytes_per_token, weight_bytes
+    from ssd_jax.memory import cache_bytes_per_token, weight_bytes
 
     device = jax.devices()[0]
     models = stack.models

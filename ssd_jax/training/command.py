@@ -145,7 +145,7 @@ def _widen(args: argparse.Namespace) -> None:
 
 def _quantize(args: argparse.Namespace) -> None:
     from ssd_jax import checkpoint
-    from ssd_jax.stack import weight_bytes
+    from ssd_jax.memory import weight_bytes
     from ssd_jax.tokenizer import Tokenizer
     from ssd_jax.training import report
     from ssd_jax.training.sources import read_text

@@ -155,10 +155,10 @@ def _weights(model: GPT2) -> dict[str, Any]:
     """The parameters as nested dictionaries of NumPy arrays.
 
     Raises:
-      ConfigError: they are rounded to 8 bits.
+      ConfigError: they are rounded to 8 bits, or of an exact model.
     """
-    if model.numerics == "int8":
-        raise ConfigError("the model's weights are rounded to 8 bits; start from the original")
+    if model.exact or model.numerics == "int8":
+        raise ConfigError("weights of 8 bits or of an exact model; start from the original")
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 

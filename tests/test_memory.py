@@ -1,0 +1,104 @@
+"""Memory: estimated before it is taken, refused where it cannot fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+import ssd_jax
+from ssd_jax import batch, checkpoint, decode_command, gpt2, memory
+from ssd_jax import decode as engine
+from ssd_jax.errors import InsufficientMemoryError
+from ssd_jax.plan import Capacities, DraftPlan, Plan, Policy
+from ssd_jax.sampling import Sampling
+
+MIB = 2**20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.save_model(toys.model(seed=1), tmp_path / "oracle")
+    checkpoint.save_model(toys.model(seed=2), tmp_path / "draft")
+    return tmp_path
+
+
+def left(monkeypatch, size):
+    monkeypatch.setattr(memory, "available", lambda: size)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("vocab", [2000, 20000])
+def test_the_estimate_is_near_what_xla_allocates(rows, vocab):
+    """Arguments, outputs that are no arguments, and temporary buffers of the compiled loop."""
+    config = gpt2.GPT2Config(
+        vocab_size=vocab, n_positions=512, n_embd=128, n_layer=2, n_head=4, eos_token_id=0
+    )
+    models = (gpt2.abstract(config), gpt2.abstract(config))
+    plan = Plan(width=12, drafts=(DraftPlan(rounds=3),), depth=8, nodes=24)
+    capacities = Capacities.of(plan, 512)
+    each = np.full((rows,), 8, np.int32)
+    state = jax.eval_shape(
+        lambda models: engine.init_state(
+            models, np.zeros((rows, 8), np.int32), each, each + 50, each[:, None], capacities
+        ),
+        models,
+    )
+    sampling = Sampling.create(rows, temperature=1.0, top_k=50)
+    arguments = (models, None, state, sampling, Policy.of(plan), each)
+    compiled = engine.decode.lower(*arguments, capacities=capacities).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    real = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    assert 0.7 < memory.estimate(models, capacities, rows).total / real < 1.6
+
+
+def test_weights_that_cannot_fit_are_refused_unread(folder, monkeypatch):
+    needed = 2 * memory.weights(toys.model())
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("read"))
+    left(monkeypatch, needed - 1)
+    with pytest.raises(InsufficientMemoryError, match="narrower dtype"):
+        ssd_jax.load(folder)
+    with pytest.raises(MemoryError):
+        ssd_jax.load(oracle=folder / "oracle", drafts=[folder / "draft"])
+
+
+def test_weights_that_fit_are_read(folder, monkeypatch):
+    needed = 2 * memory.weights(toys.model())
+    for size in (needed, None):
+        left(monkeypatch, size)
+        assert ssd_jax.load(folder).drafts
+    left(monkeypatch, 0.7 * needed)
+    assert ssd_jax.load(folder, dtype="bfloat16").oracle.dtype == jnp.bfloat16
+
+
+def test_a_batch_that_cannot_fit_is_refused_uncompiled(monkeypatch):
+    stack = toys.stack("between")
+    monkeypatch.setattr(batch, "_program", lambda *_: pytest.fail("compiled"))
+    left(monkeypatch, 100)
+    with pytest.raises(InsufficientMemoryError, match="a batch of 3 rows .* lower batch_size"):
+        ssd_jax.generate(stack, [[1], [2], [3]], max_new_tokens=8)
+
+
+def test_what_the_device_says_gets_a_remedy():
+    for error in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 12 bytes"), MemoryError()):
+        refused = pytest.raises(InsufficientMemoryError, match="a batch ran out of memory; lower")
+        with refused, memory.reported("a batch"):
+            raise error
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.reported("a batch"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: else")
+
+
+def test_this_machine_says_what_is_left():
+    some = memory.available()
+    assert some is not None and 16 * MIB < some < 2**50
+
+
+def test_named_models_are_announced(folder, capsys, monkeypatch):
+    argv = ["--oracle", str(folder / "oracle"), "--prompt-tokens", "1,2", "--max-new-tokens", "4"]
+    assert decode_command.main(argv) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("float32, about ") and "weights" in first and "caches" in first
+    left(monkeypatch, 1000)
+    assert decode_command.main(argv) == 2
+    assert "error: the stack in float32 needs about" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The check of losslessness: finds nothing where there is nothing, and everything there is."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+import ssd_jax
+from ssd_jax import checkpoint, decode_command, verification
+from ssd_jax.errors import PromptError, SamplingError
+from ssd_jax.plan import DraftPlan, Plan
+from ssd_jax.verification import verify_lossless
+
+PROMPTS = [[1, 2, 3], [7] * 9, [5, 8, 5, 8, 5]]
+PLAN = {"chain": Plan(width=4, drafts=(DraftPlan(rounds=3, branch=1),), depth=4, nodes=8)}
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return toys.stack("between", ngram=False)
+
+
+def test_a_lossless_stack_is_found_so(stack):
+    found = verify_lossless(stack, PROMPTS, plans=PLAN, max_new_tokens=24, samples=400)
+    assert found.lossless
+    assert found.identical == {"greedy": {"chain": 3}, "sampled": {"chain": 3}}
+    assert found.tokens == 3 * 24
+    assert not any(found.divergences.values())
+    (distribution,) = found.distributions
+    assert distribution.samples == 400 and 1e-4 < distribution.p_value <= 1
+    assert "3 of 3 texts identical" in str(found) and str(found).count("NOT") == 0
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["lossless"]
+
+
+@pytest.fixture
+def lying(stack, monkeypatch):
+    """Speculation that replaces its sixth token by ``other``."""
+
+    def lie(other):
+        true = ssd_jax.generate
+
+        def generate(stack, prompt, **options):
+            result = true(stack, prompt, **options)
+            if options.get("mode") != "baseline" and not isinstance(result, list):
+                result.tokens[5] = other
+            return result
+
+        monkeypatch.setattr(verification, "generate", generate)
+
+    return lie
+
+
+def test_a_wrong_token_is_found_and_described(stack, lying):
+    lying(52)
+    found = verify_lossless(stack, PROMPTS[:1], plans=PLAN, max_new_tokens=12, samples=0)
+    assert not found.lossless
+    assert found.identical["greedy"] == {"chain": 0}
+    (one,) = found.divergences["greedy"]
+    text = PROMPTS[0] + ssd_jax.generate(stack, PROMPTS[0], max_new_tokens=12).tokens
+    logits = np.asarray(stack.oracle(np.array([text[:8]]))[0])[0, -1]
+    assert (one.prompt, one.plan, one.position, one.tokens) == (0, "chain", 5, (text[8], 52))
+    np.testing.assert_allclose(one.logits, logits[[text[8], 52]], atol=1e-4)
+    np.testing.assert_allclose(one.margin, logits[text[8]] - logits[52], atol=1e-4)
+    assert 0 < one.rounding < 1e-3 and not one.near_tie
+    assert "NOT explained by rounding" in str(found) and str(found).endswith(" s)")
+    assert "NOT lossless" in str(found)
+
+
+def test_a_near_tie_is_told_from_a_mistake(stack, lying):
+    """Two tokens with one embedding have one logit."""
+    oracle = toys.model(0)
+    text = ssd_jax.generate(stack, PROMPTS[0], mode="baseline", max_new_tokens=12).tokens
+    other = next(i for i in range(toys.VOCAB - 1, 0, -1) if i not in (*text, *PROMPTS[0]))
+    table = oracle.wte[...]
+    oracle.wte[...] = table.at[other].set(table[text[5]] * (1 - 1e-7))
+    lying(other)
+    twin = dataclasses.replace(stack, oracle=oracle)
+    found = verify_lossless(twin, PROMPTS[:1], plans=PLAN, max_new_tokens=8, sampled={}, samples=0)
+    (one,) = found.divergences["greedy"]
+    if one.position == 5:
+        assert one.near_tie and found.lossless and "a near tie" in str(found)
+    strict = dataclasses.replace(found, exact=True)
+    assert not strict.lossless  # an exact oracle has no excuse
+
+
+def test_samples_of_another_distribution_do_not_fit(stack, monkeypatch):
+    true = verification.generate
+
+    def colder(stack, prompt, **options):
+        return true(stack, prompt, **options | {"temperature": 0.6})
+
+    monkeypatch.setattr(verification, "generate", colder)
+    found = verify_lossless(stack, PROMPTS[:1], plans=PLAN, max_new_tokens=4, samples=400)
+    assert found.identical["sampled"] == {"chain": 1}
+    assert not found.distributions[0].fits and not found.lossless
+    assert "DOES NOT FIT" in str(found)
+
+
+def test_default_plans_fit_the_stack():
+    for drafts, ngram in ((0, False), (1, True), (2, False)):
+        stack = toys.stack("always", drafts=drafts, ngram=ngram)
+        plans = verification.verification_plans(stack)
+        assert len(plans) == (3 if drafts else 2)
+        for plan in plans.values():
+            plan.check_stack(drafts, ngram)
+
+
+def test_what_cannot_be_verified_is_refused(stack):
+    with pytest.raises(PromptError, match="no prompt"):
+        verify_lossless(stack, [])
+    with pytest.raises(SamplingError, match="repetition_penalty"):
+        verify_lossless(stack, PROMPTS, sampled={"temperature": 1.0, "repetition_penalty": 2.0})
+    with pytest.raises(SamplingError, match="temperature"):
+        verify_lossless(stack, PROMPTS, sampled={"top_k": 5})
+
+
+def test_the_command_says_it_by_its_status(stack, tmp_path, capsys, monkeypatch):
+    checkpoint.save_model(stack.oracle, tmp_path / "oracle")
+    checkpoint.save_model(stack.drafts[0], tmp_path / "draft")
+    monkeypatch.setattr(verification, "verification_plans", lambda stack: PLAN)
+    argv = ["--checkpoint", str(tmp_path), "--verify", "--prompt-tokens", "1,2,3"]
+    argv += ["--max-new-tokens", "8"]
+    assert decode_command.main(argv) == 0
+    assert "1 of 1 texts identical" in capsys.readouterr().out
+    monkeypatch.setattr(
+        verification,
+        "_distribution",
+        lambda *_: verification.Distribution(
+            prompt=0, samples=1, statistic=99.0, freedom=1, p_value=0.0
+        ),
+    )
+    assert decode_command.main([*argv, "--json", "--temperature", "0.5"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["identical"]["sampled"] == {"chain": 1} and not document["lossless"]
+    for wrong in (["--compare"], ["--prompts", "x.jsonl"], ["--n", "2"]):
+        with pytest.raises(SystemExit):
+            decode_command.main([*argv, *wrong])
+    assert jnp.isfinite(stack.oracle.wte[...]).all()
