@@ -150,7 +150,7 @@ def test_options_reach_the_engine(engine, tmp_path):
     plain = decode_command.main(["x"])
     full = run(
         "x --mode speculative --max-new-tokens 9 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7"
-        " --checkpoint trio --dtype bfloat16 --tokenizer t.json --stop A --stop B --max-time 1.5"
+        " --checkpoint trio --dtype bfloat16 --exact --tokenizer t.json --stop A --stop B --max-time 1.5"
         " --min-p 0.1 --repetition-penalty 1.2 --min-new-tokens 3"
     )
     assert (plain, full) == (0, 0)
@@ -168,8 +168,8 @@ def test_options_reach_the_engine(engine, tmp_path):
         | dict(min_p=0.1, repetition_penalty=1.2, min_new_tokens=3),
     ]
     assert engine.loads == [
-        (tmp_path, dict(tokenizer=None, dtype=None)),
-        ("trio", dict(tokenizer="t.json", dtype="bfloat16")),
+        (tmp_path, dict(tokenizer=None, dtype=None, exact=False)),
+        ("trio", dict(tokenizer="t.json", dtype="bfloat16", exact=True)),
     ]
 
 
@@ -207,7 +207,7 @@ def test_separate_parts_are_loaded_by_name(engine):
     run("x --oracle big --draft mid --draft small --ngram n.safetensors")
     (call,) = engine.loads
     parts = dict(oracle="big", drafts=["mid", "small"], ngram="n.safetensors")
-    assert call == (None, parts | dict(tokenizer=None, dtype=None))
+    assert call == (None, parts | dict(tokenizer=None, dtype=None, exact=False))
 
 
 def test_prompt_sources(engine, monkeypatch, tmp_path):
@@ -427,7 +427,11 @@ def test_real_models_agree_in_all_modes(tiny, tmp_path, capsys):
 )
 def test_real_engine_refuses_in_one_line(tiny, capsys, arguments, names):
     assert run(f"--oracle {tiny / 'oracle'} --mode speculative {arguments}") == 2
-    assert names in error_line(capsys.readouterr())
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *estimate, error = captured.err.splitlines()
+    assert error.startswith("error: ") and names in error
+    assert all("of memory" in line for line in estimate)
 
 
 def run_script(*argv: str) -> subprocess.CompletedProcess:
