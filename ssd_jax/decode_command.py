@@ -36,6 +36,7 @@ examples:
   decode.py --stop $'\ndef ' --stop $'\nclass ' --max-time 5 "def fibonacci(n):"
   decode.py --temperature 1 --top-k 50 --n 4 "def fibonacci(n):"
   decode.py --logprobs 5 --json "def fibonacci(n):"
+  decode.py --verify --prompts humaneval --limit 20
   decode.py --oracle ./oracle --draft ./draft --ngram ngram.safetensors "import os"
 
 Compiled programs are kept for the next run in the user's cache folder, or below $SSD_JAX_CACHE;
@@ -173,13 +174,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "decode.py") -> ar
     given = sum(source is not None for source in sources)
     if args.interactive and (given or args.json or args.compare or args.html or args.svg):
         parser.error("--interactive asks for prompts; give none, nor what is said of one text")
-    several = args.verify and (given == 0 or args.prompts)
-    if not args.verify and (args.prompts or args.limit):
-        parser.error("--prompts and --limit are of --verify; add it")
-    if args.verify and (args.compare or args.html or args.svg or args.plan or args.n > 1):
-        parser.error("--verify compares by plans of its own and shows no text; leave the rest out")
-    if args.verify and given > (0 if args.prompts else 1):
-        parser.error("--verify takes one prompt or --prompts, not both")
+    several = _check_verify(parser, args, given)
     if not args.interactive and not several and given != 1:
         parser.error("give exactly one of PROMPT, --prompt-file and --prompt-tokens")
     if args.plan and args.mode == "baseline":
@@ -189,6 +184,19 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "decode.py") -> ar
     if args.n > 1 and (args.compare or args.svg):
         parser.error("--compare and --svg are of one text; leave --n at 1")
     return args
+
+
+def _check_verify(parser: cli.Parser, args: argparse.Namespace, given: int) -> bool:
+    """Complain about what does not go with ``--verify``; whether it has prompts of its own."""
+    if not args.verify:
+        if args.prompts or args.limit:
+            parser.error("--prompts and --limit are of --verify; add it")
+        return False
+    if args.interactive or args.compare or args.html or args.svg or args.plan or args.n > 1:
+        parser.error("--verify compares by plans of its own and shows no text; leave the rest out")
+    if given > (0 if args.prompts else 1):
+        parser.error("--verify takes one prompt or --prompts, not both")
+    return given == 0
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "decode.py") -> int:
@@ -424,11 +432,11 @@ def _show(stack, args: argparse.Namespace, prompt, plan, result: GenerationResul
 def _verify(args: argparse.Namespace) -> int:
     from ssd_jax.benchmark.prompts import HELDOUT, load_prompts
 
-    if any((args.prompt, args.prompt_file, args.prompt_tokens)):
-        prompts = [read_prompt(args)]
-    else:
-        limit = args.limit or (None if args.prompts else 8)
+    limit = args.limit or (None if args.prompts else 8)
+    if (args.prompt, args.prompt_file, args.prompt_tokens) == (None, None, None):
         prompts = load_prompts(args.prompts or HELDOUT, limit)
+    else:
+        prompts = [read_prompt(args)]
     stack, _ = cli.load_stack(args)
     import ssd_jax
     from ssd_jax.verification import SAMPLED, WARPERS

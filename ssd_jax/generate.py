@@ -272,7 +272,8 @@ def resolve_plan(
     """
     default = Plan.for_mode(mode, len(stack.drafts), stack.ngram is not None)
     if mode == "staged" and jax.default_backend() == "cpu":
-        default = default.on_cpu()
+        oracle = stack.oracle.config.multiplied
+        default = default.on_cpu([draft.config.multiplied / oracle for draft in stack.drafts])
     if plan is None and mode == "staged":
         found = tuned.load(stack)
         plan = found.plans.get(tuned.KINDS[sampled]) if found else None

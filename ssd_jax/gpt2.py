@@ -117,6 +117,12 @@ class GPT2Config:
     def inner_dim(self) -> int:
         return self.n_inner or 4 * self.n_embd
 
+    @property
+    def multiplied(self) -> int:
+        """Weights that a pass multiplies by: what it costs, all but."""
+        layer = 4 * self.n_embd**2 + 2 * self.n_embd * self.inner_dim
+        return self.n_layer * layer + self.vocab_size * self.n_embd
+
 
 def _product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
     """``einsum`` with operands of ``dtype``, accumulated and returned in float32."""

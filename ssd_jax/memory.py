@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import psutil
 from flax import nnx
 
 from ssd_jax.errors import InsufficientMemoryError
@@ -47,11 +47,11 @@ def estimate(models: Sequence[GPT2], capacities: Capacities, rows: int = 1) -> E
 
     Args:
       models: oracle first; :func:`ssd_jax.gpt2.abstract` ones are enough.
-      capacities: of the plan.
+      capacities: of a plan, which may leave out the last of the drafts.
       rows: B.
     """
     caches = passes = 0
-    for index, model in enumerate(models):
+    for index, model in enumerate(models[: len(capacities.widths)]):
         slots = capacities.slots(index)
         caches += rows * slots * cache_bytes_per_token(model)
         config = model.config
@@ -92,22 +92,15 @@ def available() -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def _available_on_host() -> int | None:
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
-    if not found:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def _available_on_host() -> int:
+    found = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" is none
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
         found.append(limit - used)
-    return min(found, default=None)
+    return min(found)
 
 
 def check(needed: int, what: str, remedy: str = REMEDY) -> None:

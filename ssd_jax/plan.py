@@ -40,6 +40,10 @@ def _check(record: object, name: str, low: float, high: float, *, whole: bool = 
         )
 
 
+# A draft below this share of the oracle's size costs next to nothing.
+_TRIFLE = 0.03
+
+
 @dataclasses.dataclass(frozen=True)
 class DraftPlan:
     """One model draft.
@@ -182,13 +186,21 @@ class Plan:
             nodes=64,
         )
 
-    def on_cpu(self) -> Plan:
-        """This plan where every row of a pass costs: with the root alone to fall back on.
+    def on_cpu(self, shares: Sequence[float]) -> Plan:
+        """This plan where every row of a pass costs: with the root alone to fall back on, and
+        narrower and shallower where a draft is no trifle beside the oracle.
 
-        The costs are half of those of the shipped trio in float32 on two cores
-        (``docs/performance.md``), so that drafting rests only where it clearly does not pay.
+        The numbers are those of two oracles in float32 on two cores, one of 13M parameters with a
+        draft a tenth its size, one of 131M with the same draft (``docs/performance.md``).
+
+        Args:
+          shares: size of each draft over the oracle's.
         """
-        return self.paced(0.025, [0.075] * len(self.drafts))
+        if max(shares, default=0.0) < _TRIFLE:
+            return self.paced(0.025, [1.3 * share for share in shares])
+        drafts = tuple(dataclasses.replace(draft, rounds=3) for draft in self.drafts)
+        plan = dataclasses.replace(self, width=12, drafts=drafts)
+        return plan.paced(0.07, [1.3 * share for share in shares])
 
     def paced(self, row_cost: float, draft_costs: Sequence[float]) -> Plan:
         """This plan adapting to these costs: the oracle may look at the root alone, and

@@ -80,7 +80,8 @@ class FakeEngine:
     tokens: dict = dataclasses.field(default_factory=dict)  # mode -> tokens, where different
     error: BaseException | None = None
 
-    drafts: tuple = ("draft",)
+    oracle: object = SimpleNamespace(config=GPT2Config(n_layer=2))
+    drafts: tuple = (SimpleNamespace(config=GPT2Config(n_layer=2)),)
     ngram: None = None
 
     def load(self, path=None, **parts):
@@ -150,7 +151,8 @@ def test_options_reach_the_engine(engine, tmp_path):
     plain = decode_command.main(["x"])
     full = run(
         "x --mode speculative --max-new-tokens 9 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7"
-        " --checkpoint trio --dtype bfloat16 --exact --tokenizer t.json --stop A --stop B --max-time 1.5"
+        " --checkpoint trio --dtype bfloat16 --exact --tokenizer t.json"
+        " --stop A --stop B --max-time 1.5"
         " --min-p 0.1 --repetition-penalty 1.2 --min-new-tokens 3"
     )
     assert (plain, full) == (0, 0)
@@ -447,7 +449,7 @@ def test_verbose_shows_the_plan_and_where_the_time_went(engine, capsys):
     assert set(json.loads(captured.out)) == JSON_KEYS
     head, *plan, line = captured.err.splitlines()
     assert head == "plan of mode staged, default:"
-    assert Plan.from_json("\n".join(plan)) == Plan.staged(1, False).on_cpu()
+    assert Plan.from_json("\n".join(plan)) == Plan.staged(1, False).on_cpu([1.0])
     words = ("first text after", "imports", "models", "program 4.00 (compiled)", "rest")
     assert all(word in line for word in words)
 

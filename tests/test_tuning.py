@@ -236,7 +236,7 @@ def test_plans_are_kept_for_this_device_and_stack_alone(monkeypatch):
 
 def test_generate_follows_the_kept_plan_of_its_kind(tmp_path):
     stack = toys.stack(layers=1)
-    default = Plan.staged(1, True).on_cpu()
+    default = Plan.staged(1, True).on_cpu([1.0])
     assert resolve_plan(stack, "staged", None, sampled=False) == (default, "default")
     path = tuned.save(stack, tuned.Tuned({"greedy": SMALL}, {"greedy": 1.5}, COSTS))
     plan, source = resolve_plan(stack, "staged", None, sampled=False)
@@ -272,7 +272,7 @@ def test_damaged_files_are_ignored_and_named(change):
     path.write_text(damaged, encoding="latin-1")
     with pytest.warns(UserWarning, match=path.name):
         plan, source = resolve_plan(stack, "staged", None, sampled=False)
-    assert (plan, source) == (Plan.staged(1, False).on_cpu(), "default")
+    assert (plan, source) == (Plan.staged(1, False).on_cpu([1.0]), "default")
     with pytest.warns(UserWarning, match=path.name):
         tuned.save(stack, tuned.Tuned({"greedy": SMALL}, {"greedy": 1.5}, COSTS))
     assert tuned.load(stack).plans == {"greedy": SMALL}
@@ -312,7 +312,7 @@ def test_a_useless_draft_on_a_narrow_device_is_left_alone(monkeypatch):
     assert not best.drafts  # of what speculates, the cheapest
     # What ran is what would be kept: the costs are those of its passes.
     assert (best.narrower, best.row_cost) == ((1,), pytest.approx(1.0))
-    assert rows["default"].plan == Plan.staged(1, False).on_cpu()
+    assert rows["default"].plan == Plan.staged(1, False).on_cpu([1.0])
     for row in rows.values():
         if row.name in ("wide", "narrow", "chain"):  # the others rest, which is not predicted
             assert row.predicted_tokens_per_pass == pytest.approx(row.tokens_per_pass, rel=0.1)

@@ -165,7 +165,7 @@ def condition_rows(document: dict) -> list[tuple[str, str]]:
     rows.append(("system", ", ".join(part for part in system if part)))
     if document.get("peak_memory_bytes"):
         rows.append(("peak memory", bytes_(document["peak_memory_bytes"])))
-    rows += [("models", _models(c)), ("a pass reads", _pass_bytes(c)), ("dtype", c["dtype"] or "")]
+    rows += [("models", _models(c)), ("a pass reads", _pass_bytes(c)), ("dtype", _dtype(c))]
     rows.append(("prompts", _prompts(c)))
     decoding = [
         c["max_new_tokens"] and f"at most {c['max_new_tokens']} new tokens",
@@ -183,10 +183,24 @@ def condition_rows(document: dict) -> list[tuple[str, str]]:
 # The conditions that `condition_rows` words; it lists what else there is as it is.
 _TOLD = (
     *("date", "device", "backend", "cpu_count", "frequency_governor", "load_average", "machine"),
-    *("python", "versions", "commit", "stages", "dtype", "parameters", "weight_bytes"),
-    *("cache_bytes_per_token", "plans", "models", "label", "prompts", "limit", "prompt_count"),
+    *("python", "versions", "commit", "stages", "dtype", "exact", "parameters"),
+    *(
+        "weight_bytes",
+        "cache_bytes_per_token",
+        "plans",
+        "models",
+        "label",
+        "prompts",
+        "limit",
+        "prompt_count",
+    ),
     *("max_new_tokens", "repeats", "seed"),
 )
+
+
+def _dtype(conditions: Record) -> str:
+    exact = ", exact" if conditions.get("exact") else ""
+    return f"{conditions.get('dtype') or MISSING}{exact}"
 
 
 def _date(text: str | None) -> str:
@@ -334,6 +348,8 @@ def command(conditions: Record, summary: Record) -> str:
         option("--draft", draft)
     option("--ngram", models.get("ngram"))
     option("--dtype", conditions.get("dtype"))
+    if conditions.get("exact"):
+        words.append("--exact")
     option("--out", "results")
     return " ".join(words)
 

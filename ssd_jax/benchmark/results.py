@@ -82,6 +82,7 @@ def conditions(stack: Stack, plans: Mapping[str, Plan], options: Mapping[str, An
         "commit": _commit(),
         "stages": list(stack.stage_names),
         "dtype": stack.oracle.numerics,
+        "exact": stack.oracle.exact,
         "parameters": {name: parameter_count(model) for name, model in models.items()},
         "weight_bytes": {name: weight_bytes(model) for name, model in models.items()},
         "cache_bytes_per_token": {n: cache_bytes_per_token(m) for n, m in models.items()},

@@ -1,0 +1,63 @@
+"""Signals at any moment, processes beside each other: one line at most, nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from prompts import REPOSITORY
+
+SCRIPT = REPOSITORY / "scripts" / "decode.py"
+ARGUMENTS = ("--checkpoint", "python-tiny", "--max-new-tokens", "24", "--verbose", "def f(x):\n")
+
+
+def start(cache, *argv: str) -> subprocess.Popen:
+    environment = os.environ | {"SSD_JAX_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(SCRIPT), *(argv or ARGUMENTS)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What the command prints, and how long it takes with nothing in the cache."""
+    began = time.monotonic()
+    process = start(tmp_path_factory.mktemp("cache"))
+    text, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return text, time.monotonic() - began
+
+
+# Shares of a run from an empty cache: imports, loading, compiling, and on to decoding.
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.7, 0.85])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_the_next_run_is_sound(undisturbed, tmp_path, share, kind):
+    text, seconds = undisturbed
+    process = start(tmp_path)
+    time.sleep(share * seconds)
+    process.send_signal(kind)
+    out, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    if kind == signal.SIGINT:
+        assert process.returncode in (130, 0), errors
+        assert errors.splitlines()[-1] == "interrupted" or process.returncode == 0
+    else:
+        assert process.returncode in (-signal.SIGTERM, 0), errors
+    assert text.startswith(out)
+    again = start(tmp_path)
+    out, errors = again.communicate(timeout=120)
+    assert (again.returncode, out) == (0, text), errors
+    assert "Traceback" not in errors and "Error" not in errors
+
+
+def test_processes_share_a_cache(undisturbed, tmp_path):
+    """All of them compile and keep the same program at once."""
+    text, _ = undisturbed
+    for _ in range(2):  # the second time there is something to read
+        several = [start(tmp_path) for _ in range(3)]
+        for process in several:
+            out, errors = process.communicate(timeout=180)
+            assert (process.returncode, out) == (0, text), errors
+            assert "Traceback" not in errors and "Error" not in errors
