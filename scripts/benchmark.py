@@ -7,5 +7,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a bare clone
     from ssd_jax.benchmark.command import main
+    from ssd_jax.cli import leave
 
-    sys.exit(main())
+    leave(main())

@@ -14,6 +14,7 @@ def read_config(path, default=None):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a bare clone
+    from ssd_jax.cli import leave
     from ssd_jax.decode_command import main
 
-    sys.exit(main(["--compare", *sys.argv[1:], PROMPT]))
+    leave(main(["--compare", *sys.argv[1:], PROMPT]))

@@ -6,6 +6,7 @@ Run it in an environment that has the extras of `.ci/run`.
 
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -24,7 +25,7 @@ packages declare them. Written by `python scripts/licences.py`.
 """
 
 
-def licence(info: metadata.PackageMetadata) -> str:
+def licence(info: Any) -> str:
     """The SPDX expression, else the classifiers, else the first line of the free text."""
     if expression := info.get("License-Expression"):
         return expression

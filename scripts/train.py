@@ -6,6 +6,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a bare clone
+    from ssd_jax.cli import leave
     from ssd_jax.training.command import main
 
-    sys.exit(main())
+    leave(main())

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 
 import ssd_jax
-from ssd_jax.cli import Parser
+from ssd_jax.cli import Parser, leave
 
 # Name: the module whose ``main`` it calls, and what it does.
 COMMANDS = {
@@ -41,5 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return module.main(args.arguments, prog=f"ssd-jax {args.command}")
 
 
+def run() -> None:
+    """The console command."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

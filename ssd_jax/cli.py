@@ -7,11 +7,13 @@ before a model is read.
 from __future__ import annotations
 
 import argparse
+import atexit
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from ssd_jax import progress, shipped
 from ssd_jax.errors import SsdError
@@ -189,6 +191,17 @@ def run_command(
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End the process. After an interruption, without the interpreter's own end: what it tears
+    down may still be in use by XLA's threads, and a crash would hide the status."""
+    if status == EXIT_INTERRUPTED:
+        atexit._run_exitfuncs()  # temporary files
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _fail(prefix: str, message: str) -> int:

@@ -92,10 +92,13 @@ def explaining(path: Path, what: str, remedy: str = "fetch or export it again") 
         yield
     except SsdError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library written in Rust is no Exception, and means the same here.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{path}: {what} ({first_line(error)}); {remedy}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -244,6 +244,8 @@ def encode_prompt(stack: Stack, prompt: str | Sequence[int]) -> list[int]:
 
 
 def _token_ids(prompt: Sequence[int], vocab: int) -> list[int]:
+    if isinstance(prompt, bytes | bytearray):
+        raise PromptError("a prompt is text or token ids, not bytes; decode them first")
     try:
         ids = list(np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else prompt)
     except TypeError:

@@ -40,6 +40,13 @@ def _check(record: object, name: str, low: float, high: float, *, whole: bool = 
         )
 
 
+def _are_probabilities(values: Any) -> bool:
+    """Whether these are some numbers between 0 and 1."""
+    if not isinstance(values, tuple) or not values:
+        return False
+    return all(isinstance(p, float) and 0.0 < p < 1.0 for p in values)
+
+
 # A draft below this share of the oracle's size costs next to nothing.
 _TRIFLE = 0.03
 
@@ -112,7 +119,7 @@ class NGramPlan:
             )
         _check(self, "tau_greedy", 1e-3, 1e3, whole=False)
         _check(self, "tau_sampled", 1e-3, 1e3, whole=False)
-        if not self.match_prob or not all(0.0 < p < 1.0 for p in self.match_prob):
+        if not _are_probabilities(self.match_prob):
             raise PlanError("plan field NGramPlan.match_prob needs probabilities between 0 and 1")
 
 
@@ -150,7 +157,9 @@ class Plan:
         _check(self, "chunk", 1, 1024)
         _check(self, "floor", 0.0, 1.0, whole=False)
         _check(self, "row_cost", 0.0, 100.0, whole=False)
-        ladder = (0, *self.narrower, self.width)
+        ladder: tuple[Any, ...] = (0, self.narrower, self.width)
+        if isinstance(self.narrower, tuple):
+            ladder = (0, *self.narrower, self.width)
         if any(type(w) is not int for w in ladder) or sorted(set(ladder)) != list(ladder):
             raise PlanError(
                 f"plan field Plan.narrower must be ascending integers from 1 to below the width "
@@ -265,7 +274,7 @@ class Plan:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not valid JSON ({error}); write it anew") from None
         plan = dict(_fields(cls, fields, source))
         drafts = plan.get("drafts", ())

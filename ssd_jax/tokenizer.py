@@ -24,6 +24,10 @@ _FILES = (
 )
 
 
+# Far above any vocabulary.
+_MAX_ID = 2**24
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer with the end- and beginning-of-text tokens of its model.
 
@@ -76,6 +80,9 @@ class Tokenizer:
                 backend = _gpt2_backend(vocab, merges)
             if not backend.get_vocab_size():
                 raise ValueError("it has no tokens")
+            largest = max(backend.get_vocab(with_added_tokens=True).values())
+            if largest > _MAX_ID:  # the library makes lists as long as that
+                raise ValueError(f"a token has the id {largest}")
             return cls(backend, eos_token=special.get("eos"), bos_token=special.get("bos"))
 
     @functools.cached_property

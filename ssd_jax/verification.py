@@ -21,7 +21,7 @@ from ssd_jax.generate import BATCH_SIZE, encode_prompt, generate, resolve_plan
 from ssd_jax.generation_config import check_count
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.plan import DraftPlan, NGramPlan, Plan
-from ssd_jax.sampling import Noise, Sampling, scores
+from ssd_jax.sampling import Draw, Noise, Sampling, scores
 from ssd_jax.stack import Stack
 
 _LOG = logging.getLogger(__name__)
@@ -43,24 +43,39 @@ class Divergence:
       prompt: index of the prompt.
       plan: name of the plan.
       position: index in the continuation.
-      tokens: what plain decoding chose there, and what came instead (-1 for the end of a text).
+      tokens: what plain decoding chose there, and what came instead; ``None`` where a text ended
+        before.
       logits: of these two, from one pass over the text before them.
-      margin: how far their scores are apart: logits, over temperature and with noise.
+      margin: how far their scores are apart (logits, over temperature and with noise), or one of
+        them from where top-k and its like end, if that is nearer.
       rounding: how far apart rounding may put them, as measured on this prompt.
     """
 
     prompt: int
     plan: str
     position: int
-    tokens: tuple[int, int]
-    logits: tuple[float, float]
-    margin: float
+    tokens: tuple[int | None, int | None]
+    logits: tuple[float | None, float | None]
+    margin: float | None
     rounding: float
 
     @property
     def near_tie(self) -> bool:
         """Whether rounding explains it."""
-        return self.margin <= self.rounding
+        return self.margin is not None and self.margin <= self.rounding
+
+    def __str__(self) -> str:
+        kind = "a near tie" if self.near_tie else "NOT explained by rounding"
+        (plain, other), (first, second) = self.tokens, self.logits
+        if self.margin is None:
+            return (
+                f"prompt {self.prompt}, {self.plan}, token {self.position}: one text ended, {kind}"
+            )
+        return (
+            f"prompt {self.prompt}, {self.plan}, token {self.position}: {plain} (logit "
+            f"{first:.6f}) or {other} ({second:.6f}); margin {self.margin:.2e}, rounding up to "
+            f"{self.rounding:.2e}: {kind}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +150,12 @@ class Verification:
             for plan, count in counts.items():
                 lines.append(f"{way:>8}, {plan:<12} {count} of {self.prompts} texts identical")
         for way, found in self.divergences.items():
-            for one in found[:1]:
-                kind = "a near tie" if one.near_tie else "NOT explained by rounding"
-                lines.append(
-                    f"first divergence, {way}: prompt {one.prompt}, {one.plan}, token "
-                    f"{one.position}: {one.tokens[0]} (logit {one.logits[0]:.6f}) or "
-                    f"{one.tokens[1]} ({one.logits[1]:.6f}); margin {one.margin:.2e}, rounding up "
-                    f"to {one.rounding:.2e}: {kind}"
-                )
-            ties = sum(one.near_tie for one in found)
             if found:
-                lines.append(f"{way}: {len(found)} divergences, {ties} of them near ties")
+                ties = sum(one.near_tie for one in found)
+                lines.append(
+                    f"{way}: {len(found)} divergences, {ties} of them near ties; the first:"
+                )
+                lines.append(f"  {found[0]}")
         for one in self.distributions:
             verdict = "fits" if one.fits else "DOES NOT FIT"
             lines.append(
@@ -266,29 +276,49 @@ def _divergence(
 ) -> Divergence:
     pairs = enumerate(zip(plain, other, strict=False))
     position = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(other)))
-    tokens = tuple(text[position] if position < len(text) else -1 for text in (plain, other))
+    first, second = (t[position] if position < len(t) else None for t in (plain, other))
     text = [*prompt, *plain[:position]]
-    logits, rounding = _logits(stack.oracle, text), _rounding(stack.oracle, text)
-    config = {k: v for k, v in options.items() if k not in ("max_new_tokens", "seed")}
-    sampling = Sampling.create(1, seed=options["seed"], **config)
-    noise = None
-    if sampling.draw is not None:
-        noise = Noise.undrawn(1, 1, stack.vocab_size)
-        noise = noise.drawn(sampling.draw, jnp.array([len(text)], jnp.int32))
-    scored = scores(
-        jnp.asarray(logits)[None, None], noise, jnp.zeros((1, 1), jnp.int32), sampling.draw
-    )
-    scored = np.asarray(scored)[0, 0]
-    scale = options["temperature"] or 1.0
+    logits, margin = _logits(stack.oracle, text), None
+    if first is not None and second is not None:
+        margin = _margin(logits, (first, second), options, len(text))
     return Divergence(
         prompt=index,
         plan=name,
         position=position,
-        tokens=(tokens[0], tokens[1]),
-        logits=(float(logits[tokens[0]]), float(logits[tokens[1]])),
-        margin=float(abs(scored[tokens[0]] - scored[tokens[1]])),
-        rounding=rounding / scale,
+        tokens=(first, second),
+        logits=(
+            None if first is None else float(logits[first]),
+            None if second is None else float(logits[second]),
+        ),
+        margin=margin,
+        rounding=_rounding(stack.oracle, text) / (options["temperature"] or 1.0),
     )
+
+
+def _margin(
+    logits: np.ndarray, pair: tuple[int, int], options: Mapping[str, Any], position: int
+) -> float:
+    """See :class:`Divergence`."""
+    warpers = {name: options[name] for name in WARPERS if name in options}
+    draw = Sampling.create(1, seed=options["seed"], **warpers).draw
+    if draw is None:
+        return float(abs(logits[pair[0]] - logits[pair[1]]))
+    scaled = logits / np.float32(options["temperature"])
+    noise = Noise.undrawn(1, 1, logits.size).drawn(draw, jnp.array([position], jnp.int32))
+    scored = scaled + np.asarray(noise.values)[0, 0]
+    kept = np.isfinite(_warped(logits, draw))
+    distances = [abs(scored[pair[0]] - scored[pair[1]])]
+    if not kept.all():
+        bounds = scaled[~kept].max(), scaled[kept].min()
+        distances += [abs(scaled[token] - bounds[0 if kept[token] else 1]) for token in pair]
+    return float(min(distances))
+
+
+def _warped(logits: np.ndarray, draw: Draw | None) -> np.ndarray:
+    """Warped logits, ``[V]``."""
+    noiseless = Noise.undrawn(1, 1, logits.size)
+    entry = jnp.zeros((1, 1), jnp.int32)
+    return np.asarray(scores(jnp.asarray(logits)[None, None], noiseless, entry, draw))[0, 0]
 
 
 def _padded(oracle: GPT2, text: list[int]) -> np.ndarray:
@@ -367,12 +397,9 @@ def _exact_pairs(
     """Probabilities of the continuations that begin with one of some tokens."""
 
     def distribution(text: list[int]) -> np.ndarray:
-        logits = _logits(stack.oracle, text)
         draw = Sampling.create(1, **options).draw
-        noiseless = Noise(jnp.zeros((1, 1, stack.vocab_size)), jnp.zeros((1,), jnp.int32))
-        entry = jnp.zeros((1, 1), jnp.int32)
-        warped = scores(jnp.asarray(logits)[None, None], noiseless, entry, draw)[0, 0]
-        return np.asarray(jax.nn.softmax(warped), np.float64)
+        warped = _warped(_logits(stack.oracle, text), draw)
+        return np.asarray(jax.nn.softmax(jnp.asarray(warped)), np.float64)
 
     first = distribution(prompt)
     pairs: dict[tuple[int, ...], float] = {}

@@ -24,7 +24,7 @@ from ssd_jax import batch
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 GROWTH = 48 * 2**20  # bytes that may come and go with the allocator, of hundreds in use
-CAPACITY = 192  # text that every request fits, so that there is one bucket
+CAPACITY = 192  # of text, the one bucket of all requests
 BEGINNINGS = (
     "def ",
     "class Stack:\n",
@@ -66,7 +66,7 @@ def request(rng: random.Random) -> tuple[str, list[str], dict[str, Any]]:
     """A kind of call, its prompts and options."""
     kind = rng.choice(["alone", "alone", "batch", "stream", "session", "left"])
     prompts = [rng.choice(BEGINNINGS) * rng.randint(1, 4) for _ in range(4)]
-    options: dict[str, Any] = dict(max_new_tokens=rng.randint(65, 100), seed=rng.randrange(2**64))
+    options: dict[str, Any] = dict(max_new_tokens=rng.randint(129, 150), seed=rng.randrange(2**64))
     if rng.random() < 0.6:
         options |= dict(temperature=rng.choice([0.5, 1.0]), top_k=rng.choice([None, 20]))
     if rng.random() < 0.3:
@@ -91,7 +91,7 @@ def soak(stack, seconds: float, seed: int = 0, say=print, requests: int | None =
     """Ask for so many seconds, or so many times."""
     rng = random.Random(seed)
     session = ssd_jax.Session(stack, max_tokens=CAPACITY)
-    for warm in range(40):  # every kind of call, greedy and sampled
+    for warm in range(60):  # every kind of call, greedy and sampled
         kind, prompts, options = request(random.Random(1000 + warm))
         answer(stack, session, kind, prompts, options)
         for prompt in prompts:

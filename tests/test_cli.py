@@ -70,6 +70,12 @@ def make_result(seconds=2.0, compile_seconds=0.0, tokens=(5, 6, 7)):
     )
 
 
+class _Shape:
+    """A model that is never run."""
+
+    config = GPT2Config(n_layer=2)
+
+
 @dataclasses.dataclass
 class FakeEngine:
     """Stands in for ``load`` and ``generate`` and keeps what it was called with."""
@@ -80,8 +86,8 @@ class FakeEngine:
     tokens: dict = dataclasses.field(default_factory=dict)  # mode -> tokens, where different
     error: BaseException | None = None
 
-    oracle: object = SimpleNamespace(config=GPT2Config(n_layer=2))
-    drafts: tuple = (SimpleNamespace(config=GPT2Config(n_layer=2)),)
+    drafts: tuple = (_Shape,)
+    oracle: type = _Shape
     ngram: None = None
 
     def load(self, path=None, **parts):

@@ -69,21 +69,67 @@ def test_a_wrong_token_is_found_and_described(stack, lying):
     assert "NOT lossless" in str(found)
 
 
-def test_a_near_tie_is_told_from_a_mistake(stack, lying):
-    """Two tokens with one embedding have one logit."""
-    oracle = toys.model(0)
-    text = ssd_jax.generate(stack, PROMPTS[0], mode="baseline", max_new_tokens=12).tokens
-    other = next(i for i in range(toys.VOCAB - 1, 0, -1) if i not in (*text, *PROMPTS[0]))
-    table = oracle.wte[...]
-    oracle.wte[...] = table.at[other].set(table[text[5]] * (1 - 1e-7))
-    lying(other)
-    twin = dataclasses.replace(stack, oracle=oracle)
-    found = verify_lossless(twin, PROMPTS[:1], plans=PLAN, max_new_tokens=8, sampled={}, samples=0)
-    (one,) = found.divergences["greedy"]
-    if one.position == 5:
-        assert one.near_tie and found.lossless and "a near tie" in str(found)
-    strict = dataclasses.replace(found, exact=True)
-    assert not strict.lossless  # an exact oracle has no excuse
+@pytest.fixture(scope="module")
+def twins():
+    """A stack in which two tokens have one embedding, but for a last bit, and so about one logit:
+    the stack, and the second twin of any token."""
+
+    def make(token):
+        oracle = toys.model(0)
+        table = oracle.wte[...]
+        other = (token + 26) % toys.VOCAB
+        oracle.wte[...] = table.at[other].set(table[token] * np.float32(1 - 1e-6))
+        return toys.Stack(oracle), other
+
+    return make
+
+
+def parted(stack, prompt, plain, other, **options):
+    options = {"temperature": 0.0, "seed": 3} | options
+    return verification._divergence(stack, 0, "chain", prompt, plain, other, options)
+
+
+def test_a_near_tie_is_told_from_a_mistake(twins):
+    stack, other = twins(11)
+    prompt, plain = PROMPTS[0], [4, 9, 11, 30]
+    tie = parted(stack, prompt, plain, [4, 9, other, 30])
+    assert tie.position == 2 and tie.tokens == (11, other)
+    assert tie.near_tie and tie.margin < 1e-5 and "a near tie" in str(tie)
+    mistake = parted(stack, prompt, plain, [4, 9, 12, 30])
+    assert not mistake.near_tie and mistake.margin > 0.01
+    short = parted(stack, prompt, plain, [4, 9])
+    assert short.tokens == (11, None) and not short.near_tie and "ended" in str(short)
+
+
+def test_a_token_at_the_end_of_top_k_may_be_in_or_out(twins):
+    prompt = PROMPTS[0]
+    order = np.argsort(-np.asarray(toys.model(0)(np.array([[*prompt, 4]]))[0])[0, -1]).tolist()
+    stack, other = twins(order[2])
+    logits = np.asarray(stack.oracle(np.array([[*prompt, 4]]))[0])[0, -1]
+    order = np.argsort(-logits, kind="stable").tolist()
+    rank = sorted((order.index(other), order.index((other - 26) % toys.VOCAB)))
+    assert rank[1] == rank[0] + 1
+    options = dict(temperature=1.0, top_k=rank[1])
+    first, last = order[rank[0]], order[rank[1]]
+    best = next(token for token in order[:3] if token not in (first, last))
+    assert parted(stack, prompt, [4, best], [4, last], **options).near_tie
+    far = next(token for token in order[20:] if token not in (first, last))
+    assert not parted(stack, prompt, [4, best], [4, far], **options).near_tie
+
+
+def test_an_exact_oracle_has_no_excuse(stack):
+    tie = verification.Divergence(
+        prompt=0,
+        plan="chain",
+        position=0,
+        tokens=(1, 2),
+        logits=(1.0, 1.0),
+        margin=0.0,
+        rounding=1.0,
+    )
+    found = verify_lossless(stack, PROMPTS[:1], plans=PLAN, max_new_tokens=2, sampled={})
+    parting = dataclasses.replace(found, divergences={"greedy": [tie]})
+    assert parting.lossless and not dataclasses.replace(parting, exact=True).lossless
 
 
 def test_samples_of_another_distribution_do_not_fit(stack, monkeypatch):

@@ -85,7 +85,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
 def _prompt_of(line: str, where: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         prompt = None
     if not isinstance(prompt, str):
         raise DataError(f"{where}: expected a JSON object with a string field 'prompt'")

@@ -143,7 +143,7 @@ def read(path: str | Path) -> Record:
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); take it away and measure again") from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise DataError(f"{path} is not of schema {SCHEMA}; take it away and measure again")
