@@ -10,6 +10,7 @@ import argparse
 import atexit
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,7 @@ def run_command(
 def leave(status: int) -> NoReturn:
     """End the process. After an interruption, without the interpreter's own end: what it tears
     down may still be in use by XLA's threads, and a crash would hide the status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to interrupt
     if status == EXIT_INTERRUPTED:
         atexit._run_exitfuncs()  # temporary files
         sys.stdout.flush()
