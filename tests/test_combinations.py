@@ -39,7 +39,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("mode", ["speculative", "staged"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(PROMPTS, OPTIONS), min_size=3, max_size=3))
 def test_any_options_together_write_what_plain_decoding_writes(stack, mode, requests):  # noqa: F811
     shared = dict(max_new_tokens=NEW, logprobs=ALTERNATIVES)
