@@ -13,6 +13,7 @@ from ssd_jax import checkpoint, gpt2
 from ssd_jax.errors import ConfigError
 from ssd_jax.generate import generate
 from ssd_jax.gpt2 import GPT2Config
+from ssd_jax.plan import Plan
 from ssd_jax.stack import Stack
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training import command, tokens
@@ -68,8 +69,9 @@ def test_pruning_keeps_the_units_that_weigh_most():
 def test_a_widened_oracle_writes_and_accepts_the_same():
     small = toys.stack("between", drafts=1)
     wide = Stack(widen(small.oracle, width=64, layers=4), small.drafts, small.ngram)
-    for mode in ("baseline", "staged"):
-        a, b = (generate(s, [1, 2, 3], max_new_tokens=30, mode=mode) for s in (small, wide))
+    # The default plan would look at the ratio of sizes.
+    for plan in (Plan.baseline(), Plan.staged()):
+        a, b = (generate(s, [1, 2, 3], max_new_tokens=30, plan=plan) for s in (small, wide))
         assert a.tokens == b.tokens
         assert a.stats.passes == b.stats.passes
 
