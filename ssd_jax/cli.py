@@ -12,7 +12,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,8 +23,6 @@ from ssd_jax.errors import SsdError
 from ssd_jax.plan import DEFAULT, MODES
 
 EXIT_USER_ERROR = 2
-
-
 EXIT_INTERRUPTED = 130
 
 
@@ -179,7 +179,8 @@ def run_command(
       interrupted: what is printed on Ctrl-C.
     """
     try:
-        return command() or 0
+        with _lasting_interrupts():
+            return command() or 0
     except BrokenPipeError:
         # The reader has left (`| head`). Keep the interpreter's last flush from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -192,6 +193,25 @@ def run_command(
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+@contextmanager
+def _lasting_interrupts() -> Iterator[None]:
+    """Ctrl-C counts wherever it arrives. In a callback of the garbage collector, and JAX has one,
+    Python would print its exception and go on; here it comes again a moment later."""
+    otherwise, main = sys.unraisablehook, threading.main_thread().ident
+
+    def ignored(unraisable) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            otherwise(unraisable)
+
+    sys.unraisablehook = ignored
+    try:
+        yield
+    finally:
+        sys.unraisablehook = otherwise
 
 
 def leave(status: int) -> NoReturn:
