@@ -7,11 +7,13 @@
 # Each target installs what it needs into .venv once. Variables:
 #   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
 #   EXTRAS=all          install everything, as continuous integration does
+#   JOBS=4              test files run side by side; each takes a core and some 2 GB
 #   ARGS='-k tree'      further arguments of pytest, or of decode.py in `make demo`
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 extras.base :=
 extras.test := [test]
@@ -26,7 +28,7 @@ demo: $(VENV)/.installed-$(or $(EXTRAS),base)
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(VENV)/.installed-$(or $(EXTRAS),test)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-$(or $(EXTRAS),dev)
 	$(BIN)/ruff check .

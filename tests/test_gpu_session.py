@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 from prompts import REPOSITORY
 
 from ssd_jax.benchmark import results
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_the_results_of_both_oracles(tmp_path):
     done = subprocess.run(
         [REPOSITORY / "scripts" / "gpu_session.sh", tmp_path / "gpu"],
