@@ -77,7 +77,7 @@ def test_special_tokens_in_a_prompt_are_text(stack):
         [True],
         [[]],
         [["a"]],
-        object(),
+        pytest.param(object(), id="object"),
         [-1],
         [10**9],
     ],
