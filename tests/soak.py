@@ -66,7 +66,7 @@ def request(rng: random.Random) -> tuple[str, list[str], dict[str, Any]]:
     """A kind of call, its prompts and options."""
     kind = rng.choice(["alone", "alone", "batch", "stream", "session", "left"])
     prompts = [rng.choice(BEGINNINGS) * rng.randint(1, 4) for _ in range(4)]
-    options: dict[str, Any] = dict(max_new_tokens=rng.randint(129, 150), seed=rng.randrange(2**64))
+    options: dict[str, Any] = dict(max_new_tokens=rng.randint(129, 144), seed=rng.randrange(2**64))
     if rng.random() < 0.6:
         options |= dict(temperature=rng.choice([0.5, 1.0]), top_k=rng.choice([None, 20]))
     if rng.random() < 0.3:
