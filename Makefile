@@ -28,7 +28,7 @@ demo: $(VENV)/.installed-$(or $(EXTRAS),base)
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(VENV)/.installed-$(or $(EXTRAS),test)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-$(or $(EXTRAS),dev)
 	$(BIN)/ruff check .

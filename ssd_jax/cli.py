@@ -192,6 +192,10 @@ def run_command(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:  # a device's want of memory is a JaxRuntimeError
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(prefix, "out of memory; use a smaller batch, shorter texts or smaller models")
     return 0
 
 

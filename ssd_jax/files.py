@@ -12,7 +12,7 @@ from typing import Any
 
 import platformdirs
 
-from ssd_jax.errors import CheckpointError, SsdError
+from ssd_jax.errors import CheckpointError, InsufficientMemoryError, SsdError
 
 # "name" or "owner/name", as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -92,6 +92,10 @@ def explaining(path: Path, what: str, remedy: str = "fetch or export it again") 
         yield
     except SsdError:
         raise
+    except MemoryError as error:
+        raise InsufficientMemoryError(
+            f"{path}: {what} for want of memory; close what else takes memory, or {remedy}"
+        ) from error
     except BaseException as error:
         # A panic of a library written in Rust is no Exception, and means the same here.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -19,6 +19,11 @@ def names() -> list[str]:
     return sorted({oracle.parent.name for at in _FOLDERS for oracle in at.glob("*/oracle")})
 
 
+def contains(folder: Path) -> bool:
+    """Whether a folder is one of a shipped trio."""
+    return folder.resolve().parent in _FOLDERS
+
+
 def locate(path_or_name: str | os.PathLike) -> Path:
     """The folder of a trio: the one of that path, or else the shipped one of that name.
 

@@ -46,16 +46,7 @@ class Stack:
     tokenizer: Tokenizer | None = None
 
     def __post_init__(self):
-        vocab = self.vocab_size
-        for name, model in zip(self.stage_names[1:-1], self.drafts, strict=True):
-            _same_vocabulary(name, model.config.vocab_size, vocab)
-        if self.ngram is not None:
-            _same_vocabulary("n-gram", self.ngram.vocab_size, vocab)
-        if self.tokenizer is not None and self.tokenizer.vocab_size > vocab:
-            raise VocabularyMismatchError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens but the oracle's vocabulary "
-                f"only {vocab}; load the tokenizer the oracle was trained with"
-            )
+        _check_vocabularies([self.oracle, *self.drafts], self.ngram, self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -106,11 +97,24 @@ class Stack:
         return parts.hexdigest()
 
 
-def _same_vocabulary(name: str, size: int, vocab: int) -> None:
-    if size != vocab:
+def _check_vocabularies(
+    models: Sequence[GPT2], ngram: KatzModel | None, tokenizer: Tokenizer | None
+) -> None:
+    """All stages have the oracle's vocabulary, and the tokenizer none that is larger."""
+    vocab, *others = (model.config.vocab_size for model in models)
+    sizes = {f"draft{i + 1}" if i else "draft": size for i, size in enumerate(others)}
+    if ngram is not None:
+        sizes["n-gram"] = ngram.vocab_size
+    for name, size in sizes.items():
+        if size != vocab:
+            raise VocabularyMismatchError(
+                f"the {name} has a vocabulary of {size} tokens but the oracle one of {vocab}; "
+                "use stages trained with the same tokenizer"
+            )
+    if tokenizer is not None and tokenizer.vocab_size > vocab:
         raise VocabularyMismatchError(
-            f"the {name} has a vocabulary of {size} tokens but the oracle one of {vocab}; "
-            "use stages trained with the same tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the oracle's vocabulary "
+            f"only {vocab}; load the tokenizer the oracle was trained with"
         )
 
 
@@ -149,26 +153,38 @@ def load(
     """
     if (path is None) == (oracle is None):
         raise ConfigError("give either a trio folder or oracle=..., not both")
+    named = True
     if path is not None:
         if drafts or ngram is not None:
             raise ConfigError(
                 "a trio folder brings its own drafts and n-gram; pass oracle= instead"
             )
-        oracle, drafts, ngram = _parts(shipped.locate(path))
+        folder = shipped.locate(path)
+        named = not shipped.contains(folder)
+        oracle, drafts, ngram = _parts(folder)
     assert oracle is not None
     dtype = dtype or checkpoint.default_dtype()
     # Drafts are small: 8 bits would save little, and cost agreement.
     of_drafts = checkpoint.default_dtype() if dtype == "int8" else dtype
     sources = [(oracle, dtype), *((draft, of_drafts) for draft in drafts)]
-    _check_before_reading(sources, named=path is None)
     if exact and isinstance(oracle, GPT2) and not oracle.exact:
         raise ConfigError("exact is for an oracle that is loaded here; give GPT2 itself exact=True")
-    return Stack(
-        oracle=_model(oracle, dtype, exact),
-        drafts=tuple(_model(draft, of_drafts) for draft in drafts),
-        ngram=_ngram(ngram),
-        tokenizer=_tokenizer(tokenizer, oracle),
-    )
+    # All that can be found out without the weights comes before them: they take long to fetch.
+    models = [
+        m if isinstance(m, GPT2) else checkpoint.abstract_model(m, dtype=dtype)
+        for m, dtype in sources
+    ]
+    _check_vocabularies(models, None, None)
+    grams, words = _ngram(ngram), _tokenizer(tokenizer, oracle)
+    _check_vocabularies(models, grams, words)
+    _check_memory(models, [not isinstance(source, GPT2) for source, _ in sources], named=named)
+    with memory.reported("the stack", memory.REMEDY):
+        return Stack(
+            oracle=_model(oracle, dtype, exact),
+            drafts=tuple(_model(draft, of_drafts) for draft in drafts),
+            ngram=grams,
+            tokenizer=words,
+        )
 
 
 def _parts(folder: Path) -> tuple[Path, list[Path], Path | None]:
@@ -187,33 +203,21 @@ def _parts(folder: Path) -> tuple[Path, list[Path], Path | None]:
     )
 
 
-def _check_before_reading(sources: Sequence[tuple[PathLike | GPT2, str]], *, named: bool) -> None:
-    """Vocabularies and memory, by configurations alone. Of models that the user ``named`` the
+def _check_memory(models: Sequence[GPT2], unread: Sequence[bool], *, named: bool) -> None:
+    """Whether the models that are ``unread`` yet will fit. Of models that the user ``named`` the
     estimate is shown, not only logged."""
-    models = [
-        m if isinstance(m, GPT2) else checkpoint.abstract_model(m, dtype=dtype)
-        for m, dtype in sources
-    ]
     oracle, *drafts = models
-    for index, draft in enumerate(drafts, start=1):
-        name = f"draft{index if index > 1 else ''}"
-        _same_vocabulary(name, draft.config.vocab_size, oracle.config.vocab_size)
     capacities = Capacities.of(
         Plan.for_mode("staged", len(drafts), True), oracle.config.n_positions
     )
-    needed = memory.estimate(models, capacities)
     _LOG.info(
         "%s, about %s of memory for a text of the full context",
         oracle.numerics,
-        needed,
+        memory.estimate(models, capacities),
         extra={"stays": named},
     )
-    unread = sum(
-        memory.weights(model)
-        for model, (source, _) in zip(models, sources, strict=True)
-        if not isinstance(source, GPT2)
-    )
-    memory.check(unread, f"the stack in {oracle.numerics}")
+    needed = sum(memory.weights(m) for m, new in zip(models, unread, strict=True) if new)
+    memory.check(needed, f"the stack in {oracle.numerics}")
 
 
 def _model(source: PathLike | GPT2, dtype: str, exact: bool = False) -> GPT2:

@@ -269,8 +269,15 @@ def test_stages_must_share_a_vocabulary(trio, tmp_path, stack):
     (tmp_path / "other" / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(VocabularyMismatchError, match="draft has a vocabulary of 307"):
         ssd_jax.load(oracle=trio / "oracle", drafts=[tmp_path / "other"])
+    (tmp_path / "other" / "tokenizer.json").write_bytes(
+        (trio / "oracle" / "tokenizer.json").read_bytes()
+    )
     with pytest.raises(VocabularyMismatchError, match="n-gram"):
-        ssd_jax.load(oracle=trio / "oracle", ngram=toys.katz(VOCAB - 1))
+        ssd_jax.load(oracle=tmp_path / "other", ngram=toys.katz(VOCAB - 1))
+    checkpoint.save_model(toys.model(2, vocab_size=9), tmp_path / "few")
+    (tmp_path / "few" / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(VocabularyMismatchError, match="tokenizer has"):
+        ssd_jax.load(oracle=tmp_path / "few", tokenizer=trio / "oracle")
     with pytest.raises(VocabularyMismatchError, match="tokenizer"):
         ssd_jax.Stack(toys.model(0), tokenizer=stack.tokenizer)
 
