@@ -405,6 +405,8 @@ def _open_index(path: Path) -> dict[str, _Tensor]:
             raise CheckpointError(f"{path}: shard name {shard!r} is not a plain file name")
     tensors: dict[str, _Tensor] = {}
     for shard in sorted(set(weight_map.values())):
+        if not (path.parent / shard).is_file():  # nor a pipe, which would never end
+            raise CheckpointError(f"{path}: no file {shard!r} beside it; fetch the model again")
         opener = _open_torch if path.name.startswith("pytorch") else _open_safetensors
         with files.explaining(path.parent / shard, "cannot be read"):
             found = opener(path.parent / shard)

@@ -502,6 +502,27 @@ def test_index_that_does_not_match_its_shards_is_refused(tiny, tmp_path, change,
     assert expected in refusal(CheckpointError, tmp_path)
 
 
+def test_shards_may_be_links_to_files_and_nothing_else(tiny, tmp_path):
+    """As the hub's cache has them. A pipe would be waited for without end."""
+    checkpoint.save_model(tiny, tmp_path / "model", max_shard_bytes=2000)
+    shard = min((tmp_path / "model").glob("model-*.safetensors"))
+    blob = shard.rename(tmp_path / "blob")
+    shard.symlink_to(blob)
+    assert_same_weights(checkpoint.load_model(tmp_path / "model"), tiny)
+    os.mkfifo(tmp_path / "pipe")
+    for target in ("pipe", "nowhere", f"model/{shard.name}", "model"):
+        shard.unlink()
+        shard.symlink_to(tmp_path / target)
+        assert shard.name in refusal(CheckpointError, tmp_path / "model")
+
+
+def test_a_tensor_in_two_shards_is_refused(tiny, tmp_path):
+    checkpoint.save_model(tiny, tmp_path, max_shard_bytes=2000)
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    save_file(load_file(first) | load_file(second), second)
+    assert "occurs in two shards" in refusal(CheckpointError, tmp_path)
+
+
 def test_missing_shard_is_named(tiny, tmp_path):
     checkpoint.save_model(tiny, tmp_path, max_shard_bytes=2000)
     shard = min(tmp_path.glob("model-*.safetensors"))

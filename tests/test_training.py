@@ -570,9 +570,9 @@ import os, signal, sys
 from ssd_jax.training import command, loop
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), int(kind))
 
-where, *argv = sys.argv[1:]
+kind, where, *argv = sys.argv[1:]
 replace, add = os.replace, loop.Log.add
 
 def replace_or_die(source, target, **kinds):
@@ -590,6 +590,9 @@ def add_or_die(self, step, metrics, evaluated):
 os.replace, loop.Log.add = replace_or_die, add_or_die
 sys.exit(command.main(argv))
 """
+
+
+KILL = str(int(signal.SIGKILL))
 
 
 def _command(run: Pipeline, step: str, work: Path, *more: str) -> list[str]:
@@ -618,9 +621,9 @@ def test_sigkill_in_the_middle_of_any_step_loses_nothing(run, tmp_path):
         "/ngram.safetensors",
         "/draft/config.json",
     ):
-        done = _subprocess(KILLED, where, *_command(run, "all", work))
+        done = _subprocess(KILLED, KILL, where, *_command(run, "all", work))
         assert done.returncode == -signal.SIGKILL, (where, done.stderr)
-    again = _subprocess(KILLED, "nowhere", *_command(run, "all", work))
+    again = _subprocess(KILLED, KILL, "nowhere", *_command(run, "all", work))
     assert again.returncode == 0, again.stderr
     for name in run.config.models:
         assert _losses(work, name) == _losses(run.work, name)
@@ -634,6 +637,20 @@ def test_sigkill_in_the_middle_of_any_step_loses_nothing(run, tmp_path):
                 assert np.array_equal(tensor, other[key]), (name, key)
         else:
             assert (work / "trio" / name).read_bytes() == path.read_bytes(), name
+
+
+def test_signals_end_training_in_a_line_and_it_goes_on(run, tmp_path):
+    argv = _command(run, "all", tmp_path / "work")
+    done = _subprocess(KILLED, str(int(signal.SIGINT)), "oracle step 17", *argv)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("run the same command again to resume")
+    assert "Traceback" not in done.stderr
+    done = _subprocess(KILLED, str(int(signal.SIGTERM)), "draft step 12", *argv)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    done = _subprocess(KILLED, KILL, "nowhere", *argv)
+    assert done.returncode == 0, done.stderr
+    for name in run.config.models:
+        assert _losses(tmp_path / "work", name) == _losses(run.work, name)
 
 
 FULL_DISK = """

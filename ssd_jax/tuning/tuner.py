@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,9 @@ def tune(
         raise SamplingError("kinds are greedy and sampled; sampled needs a temperature above 0")
     bench = _Bench.of(stack, prompts, max_new_tokens, seed)
     if save:  # fails now rather than after minutes
-        tuned.path_for(stack).parent.mkdir(parents=True, exist_ok=True)
+        folder = tuned.path_for(stack).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     say = on_progress or (lambda what, share: None)
     say("passes of each stage", 0.0)
     costs = cost.measure_passes(stack, bench.typical_length)
