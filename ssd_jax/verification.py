@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax import kv_cache, program_cache
-from ssd_jax.batch import bucket
+from ssd_jax.batch import bucket, generate_batch
 from ssd_jax.errors import PromptError, SamplingError
 from ssd_jax.generate import BATCH_SIZE, encode_prompt, generate, resolve_plan
 from ssd_jax.generation_config import check_count
@@ -212,12 +212,15 @@ def verify_lossless(
     if not prompts:
         raise PromptError("there is no prompt to verify with; give at least one")
     check_count("samples", samples, 0)
+    check_count("max_new_tokens", max_new_tokens, 0)
     if unknown := sorted(set(sampled) - set(WARPERS)):
         known = ", ".join(WARPERS)
         raise SamplingError(f"cannot verify with {', '.join(unknown)}; sampled may have {known}")
     if sampled and not sampled.get("temperature"):
         raise SamplingError("sampled needs a temperature above 0; give one, or {} for no samples")
     plans = verification_plans(stack) if plans is None else plans
+    for plan in plans.values():
+        plan.check_stack(len(stack.drafts), stack.ngram is not None)
     encoded = [encode_prompt(stack, prompt) for prompt in prompts]
     ways: dict[str, Mapping[str, Any]] = {"greedy": GREEDY}
     if sampled:
@@ -226,14 +229,22 @@ def verify_lossless(
     identical = {way: dict.fromkeys(plans, 0) for way in ways}
     divergences: dict[str, list[Divergence]] = {way: [] for way in ways}
     count = 0
+    # Buffers of one size serve all texts, with one program for each plan and way.
+    longest = min(max(map(len, encoded)) + max_new_tokens, stack.oracle.config.n_positions)
+
+    def text(prompt: list[int], plan: Plan, options: Mapping[str, Any]) -> list[int]:
+        sampling = Sampling.create(1, **options)
+        (one,) = generate_batch(stack, [prompt], max_new_tokens, sampling, plan, bucket(longest))
+        return one.tokens
+
     for index, prompt in enumerate(encoded):
         _LOG.info("comparing texts, prompt %s", _progress(index, len(encoded), started))
         for way, options in ways.items():
-            options = {**options, "seed": index, "max_new_tokens": max_new_tokens}
-            plain = generate(stack, prompt, mode="baseline", **options).tokens
+            options = {**options, "seed": index}
+            plain = text(prompt, Plan.baseline(), options)
             count += len(plain) if way == "greedy" else 0
             for name, plan in plans.items():
-                other = generate(stack, prompt, plan=plan, **options).tokens
+                other = text(prompt, plan, options)
                 if other == plain:
                     identical[way][name] += 1
                 else:

@@ -40,15 +40,15 @@ def lying(stack, monkeypatch):
     """Speculation that replaces its sixth token by ``other``."""
 
     def lie(other):
-        true = ssd_jax.generate
+        true = verification.generate_batch
 
-        def generate(stack, prompt, **options):
-            result = true(stack, prompt, **options)
-            if options.get("mode") != "baseline" and not isinstance(result, list):
-                result.tokens[5] = other
-            return result
+        def generate_batch(stack, prompts, count, sampling, plan, capacity):
+            results = true(stack, prompts, count, sampling, plan, capacity)
+            if plan != Plan.baseline():
+                results[0].tokens[5] = other
+            return results
 
-        monkeypatch.setattr(verification, "generate", generate)
+        monkeypatch.setattr(verification, "generate_batch", generate_batch)
 
     return lie
 
