@@ -89,3 +89,51 @@ def test_processes_share_a_cache(undisturbed, tmp_path):
             out, errors = process.communicate(timeout=180)
             assert (process.returncode, out) == (0, text), errors
             assert "Traceback" not in errors and "Error" not in errors
+
+
+SAVING = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.path.insert(0, sys.argv[1])
+import toys
+from ssd_jax import tuned
+from ssd_jax.costs import PassCosts
+from ssd_jax.plan import Plan
+stack = toys.stack()
+costs = PassCosts({"oracle": {1: 1e-3, 8: 2e-3}}, 64)
+for turn in range(200):
+    tuned.save(stack, tuned.Tuned({sys.argv[2]: Plan.staged()}, {sys.argv[2]: 2.0}, costs))
+    assert tuned.load(stack) is not None
+"""
+
+
+def test_processes_share_tuned_plans(tmp_path):
+    """Both write one file again and again, and never read half of it."""
+    environment = os.environ | {"SSD_JAX_CACHE": str(tmp_path)}
+    argv = [sys.executable, "-c", SAVING, str(REPOSITORY / "tests")]
+    both = [
+        subprocess.Popen([*argv, kind], env=environment, stderr=subprocess.PIPE, text=True)
+        for kind in ("greedy", "sampled")
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+    assert len(list((tmp_path / "plans").iterdir())) == 1, "a temporary file stayed"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 9 bytes")])
+def test_want_of_memory_anywhere_is_one_line(error, capsys):
+    def command() -> None:
+        raise error
+
+    assert cli.run_command(command) == cli.EXIT_USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory; ")
+
+
+def test_other_errors_are_no_want_of_memory():
+    def command() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="of ours"):
+        cli.run_command(command)

@@ -113,6 +113,14 @@ def test_each_prompt_has_its_own_processors(stack, plain):
         call(stack, PROMPTS[0], "baseline", logit_bias={10**6: 1.0})
 
 
+@pytest.mark.parametrize("options", [dict(logit_bias={10**6: 1.0}), dict(bad_words_ids=[[10**6]])])
+def test_one_prompts_mistake_is_found_before_any_batch_runs(stack, monkeypatch, options):
+    monkeypatch.setattr(running.Run, "__init__", lambda *_, **__: pytest.fail("ran"))
+    configs = [ssd_jax.GenerationConfig(), ssd_jax.GenerationConfig(**options)]
+    with pytest.raises(SamplingError, match="vocabulary"):
+        ssd_jax.generate(stack, [[1], [2, 3]], configs, batch_size=1)
+
+
 def test_samples_are_what_their_seeds_give_alone(stack, plain):
     options = dict(temperature=1.2, top_k=60)
     several = call(stack, PROMPTS[0], "staged", num_return_sequences=3, seed=5, **options)

@@ -1,5 +1,7 @@
 """Memory: estimated before it is taken, refused where it cannot fit."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import toys
 
 import ssd_jax
-from ssd_jax import batch, checkpoint, decode_command, gpt2, memory
+from ssd_jax import batch, checkpoint, decode_command, files, gpt2, memory
 from ssd_jax import decode as engine
 from ssd_jax.errors import InsufficientMemoryError
 from ssd_jax.plan import Capacities, DraftPlan, Plan, Policy
@@ -87,6 +89,18 @@ def test_what_the_device_says_gets_a_remedy():
             raise error
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.reported("a batch"):
         raise jax.errors.JaxRuntimeError("INTERNAL: else")
+
+
+def test_a_file_that_is_whole_is_not_blamed(folder, monkeypatch):
+    def starve(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "load_model", starve)
+    with pytest.raises(InsufficientMemoryError, match="the stack ran out of memory; take a sm"):
+        ssd_jax.load(folder)
+    refused = pytest.raises(InsufficientMemoryError, match="weights.bin: cannot be read for want")
+    with refused, files.explaining(Path("weights.bin"), "cannot be read"):
+        raise MemoryError
 
 
 def test_this_machine_says_what_is_left():
