@@ -34,6 +34,8 @@ _ELSEWHERE = {
     "timeout": "max_time",
     "top_logprobs": "logprobs",
     "random_seed": "seed",
+    "sequence_bias": "logit_bias",
+    "do_sample": "temperature",
 }
 MAX_LOGPROBS = 128
 

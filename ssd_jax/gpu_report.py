@@ -6,6 +6,7 @@ GPT-2 Large and of a small draft; arrays are shapes only, so that nothing is all
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -212,6 +213,12 @@ A kernel is every fusion, library or custom call, copy and unfused operation of 
 decode loop, condition included; loops inside it (levels of the n-gram, rounds of the draft,
 catching up) count once however often they run, conditionals with both branches. Loops and
 conditionals themselves are control nodes."""
+_EXAMPLES = """\
+examples:
+  gpu_report.py                                 both loops for an H200, all layers
+  gpu_report.py --target rtx4090 --layers 2     sooner, kernels a layer are the same
+  gpu_report.py --json --hlo hlo > report.json  for a program, and the compiled code
+"""
 
 _LINES = (
     ("kernels per oracle layer, baseline", "baseline.kernels_per_layer"),
@@ -237,7 +244,8 @@ def build_parser(prog: str = "gpu_report.py") -> cli.Parser:
         description="Compile the decode loop for a GPU that need not be there, with the shapes of "
         "GPT-2 Large and a draft of 41.5M parameters (3 layers of 576), in bfloat16, and count "
         "what it launches. Needs the extra 'aot'.",
-        epilog=_COUNTED,
+        epilog=f"{_COUNTED}\n\n{_EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", choices=sorted(GPU_TARGETS), default="h200")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,5 +1,7 @@
 """Options: what they mean before anything is decoded, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -109,3 +111,13 @@ def test_options_for_all_prompts_and_for_each():
 def test_options_that_do_not_fit(config, overrides, message):
     with pytest.raises(SamplingError, match=message):
         configurations(config, overrides, 2)
+
+
+def test_names_are_those_of_transformers_where_it_has_them():
+    transformers = pytest.importorskip("transformers")
+    theirs = set(vars(transformers.GenerationConfig()))
+    ours = {field.name for field in dataclasses.fields(GenerationConfig)}
+    # What transformers has no option for, or one of another sense: a bias of single tokens, the
+    # penalties of OpenAI's interface, token sequences that stop, seeds, the number of alternatives.
+    own = {"logit_bias", "presence_penalty", "frequency_penalty", "stop_token_sequences"}
+    assert ours - theirs == own | {"seed", "logprobs"}

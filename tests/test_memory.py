@@ -29,16 +29,14 @@ def left(monkeypatch, size):
     monkeypatch.setattr(memory, "available", lambda: size)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("vocab", [2000, 20000])
-def test_the_estimate_is_near_what_xla_allocates(rows, vocab):
-    """Arguments, outputs that are no arguments, and temporary buffers of the compiled loop."""
+def compiled_for(vocab: int, rows: int = 1, text: int = 512, chunk: int = 32):
+    """The loop over two models of that vocabulary: these, its capacities, and XLA's analysis."""
     config = gpt2.GPT2Config(
-        vocab_size=vocab, n_positions=512, n_embd=128, n_layer=2, n_head=4, eos_token_id=0
+        vocab_size=vocab, n_positions=text, n_embd=128, n_layer=2, n_head=4, eos_token_id=0
     )
     models = (gpt2.abstract(config), gpt2.abstract(config))
-    plan = Plan(width=12, drafts=(DraftPlan(rounds=3),), depth=8, nodes=24)
-    capacities = Capacities.of(plan, 512)
+    plan = Plan(width=12, drafts=(DraftPlan(rounds=3),), depth=8, nodes=24, chunk=chunk)
+    capacities = Capacities.of(plan, text)
     each = np.full((rows,), 8, np.int32)
     state = jax.eval_shape(
         lambda models: engine.init_state(
@@ -48,11 +46,29 @@ def test_the_estimate_is_near_what_xla_allocates(rows, vocab):
     )
     sampling = Sampling.create(rows, temperature=1.0, top_k=50)
     arguments = (models, None, state, sampling, Policy.of(plan), each)
-    compiled = engine.decode.lower(*arguments, capacities=capacities).compile()
-    analysis = compiled.memory_analysis()
+    analysis = engine.decode.lower(*arguments, capacities=capacities).compile().memory_analysis()
     assert analysis is not None
+    return models, capacities, analysis
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("vocab", [2000, 20000])
+def test_the_estimate_is_near_what_xla_allocates(rows, vocab):
+    """Arguments, outputs that are no arguments, and temporary buffers of the compiled loop."""
+    models, capacities, analysis = compiled_for(vocab, rows)
     real = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     assert 0.7 < memory.estimate(models, capacities, rows).total / real < 1.6
+
+
+def test_a_long_prompt_takes_the_memory_of_its_chunks():
+    """Four times the text takes no more for its passes but the rows of scores that it adds."""
+    temporary = {
+        (text, chunk): compiled_for(2000, 1, text, chunk)[2].temp_size_in_bytes
+        for text, chunk in ((512, 16), (2048, 16), (2048, 1024))
+    }
+    scores = 4 * 4 * 16 * 2048  # bytes, of one layer: heads, rows, slots
+    assert temporary[2048, 16] < temporary[512, 16] + 4 * scores
+    assert temporary[2048, 1024] > 8 * temporary[2048, 16]
 
 
 def test_weights_that_cannot_fit_are_refused_unread(folder, monkeypatch):
