@@ -18,7 +18,7 @@ ONE_GRAPH = (
     "--xla_gpu_graph_min_graph_size=1",
 )
 # XLA aborts the process on an option that it does not know, so only versions that were tried.
-_KNOWN_TO = ("0.10",)
+_KNOWN_TO = ("0.10", "0.11")
 _SWITCH = "SSD_JAX_CUDA_GRAPH"
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
