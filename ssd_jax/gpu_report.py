@@ -215,9 +215,9 @@ catching up) count once however often they run, conditionals with both branches.
 conditionals themselves are control nodes."""
 _EXAMPLES = """\
 examples:
-  gpu_report.py                                 both loops for an H200, all layers
-  gpu_report.py --target rtx4090 --layers 2     sooner, kernels a layer are the same
-  gpu_report.py --json --hlo hlo > report.json  for a program, and the compiled code
+  {0}                                 both loops for an H200, all layers
+  {0} --target rtx4090 --layers 2     sooner, kernels a layer are the same
+  {0} --json --hlo hlo > report.json  for a program, and the compiled code
 """
 
 _LINES = (
@@ -244,7 +244,7 @@ def build_parser(prog: str = "gpu_report.py") -> cli.Parser:
         description="Compile the decode loop for a GPU that need not be there, with the shapes of "
         "GPT-2 Large and a draft of 41.5M parameters (3 layers of 576), in bfloat16, and count "
         "what it launches. Needs the extra 'aot'.",
-        epilog=f"{_COUNTED}\n\n{_EXAMPLES}",
+        epilog=f"{_COUNTED}\n\n{_EXAMPLES.format(prog)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", choices=sorted(GPU_TARGETS), default="h200")

@@ -20,7 +20,12 @@ def start(cache, *argv: str) -> subprocess.Popen:
     environment = os.environ | {"SSD_JAX_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(SCRIPT), *(argv or ARGUMENTS)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=environment, **pipes)
+    # A shell's background job ignores SIGINT, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, env=environment, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +53,11 @@ def test_an_interrupt_in_a_callback_of_the_garbage_collector_counts(capsys):
         assert arrived
         time.sleep(30)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert cli.run_command(command) == cli.EXIT_INTERRUPTED
     finally:
+        signal.signal(signal.SIGINT, before)
         gc.callbacks.remove(collecting)
     assert capsys.readouterr().err == "interrupted\n"
 

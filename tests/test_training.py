@@ -572,6 +572,7 @@ from ssd_jax.training import command, loop
 def die():
     os.kill(os.getpid(), int(kind))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 kind, where, *argv = sys.argv[1:]
 replace, add = os.replace, loop.Log.add
 
