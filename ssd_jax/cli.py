@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ssd_jax import progress, shipped
-from ssd_jax.errors import SsdError
+from ssd_jax.errors import SsdError, ran_out_of_memory
 from ssd_jax.plan import DEFAULT, MODES
 
 EXIT_USER_ERROR = 2
@@ -192,8 +192,8 @@ def run_command(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception as error:  # a device's want of memory is a JaxRuntimeError
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        if not ran_out_of_memory(error):
             raise
         return _fail(prefix, "out of memory; use a smaller batch, shorter texts or smaller models")
     return 0

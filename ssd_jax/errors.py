@@ -40,3 +40,8 @@ class DataError(SsdError, ValueError):
 
 class InsufficientMemoryError(SsdError, MemoryError):
     """Models, caches or a pass need more memory than the device has left."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or, as a ``JaxRuntimeError``, a device says that memory did not suffice."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

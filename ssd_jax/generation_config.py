@@ -35,7 +35,6 @@ _ELSEWHERE = {
     "top_logprobs": "logprobs",
     "random_seed": "seed",
     "sequence_bias": "logit_bias",
-    "do_sample": "temperature",
 }
 MAX_LOGPROBS = 128
 

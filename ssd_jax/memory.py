@@ -11,7 +11,7 @@ import jax
 import psutil
 from flax import nnx
 
-from ssd_jax.errors import InsufficientMemoryError
+from ssd_jax.errors import InsufficientMemoryError, ran_out_of_memory
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.plan import Capacities
 
@@ -126,7 +126,7 @@ def reported(what: str, remedy: str = BATCH_REMEDY) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if ran_out_of_memory(error):
             raise InsufficientMemoryError(f"{what} ran out of memory; {remedy}") from error
         raise
 

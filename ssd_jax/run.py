@@ -178,7 +178,8 @@ def _check_fit(stack: Stack, config: GenerationConfig) -> None:
             raise SamplingError(
                 f"{name} has an id outside the vocabulary (0 to {stack.vocab_size - 1})"
             )
-    if config.logit_bias or config.bad_words_ids:
+    # As for the whole batch, but before the first of several batches runs.
+    if config.logit_bias is not None or config.bad_words_ids is not None:
         options = {name: [value] for name, value in config.sampling_options().items()}
         Sampling.create(1, vocab_size=stack.vocab_size, **options)
     if config.stop_strings and stack.tokenizer is None:

@@ -212,7 +212,7 @@ def verify_lossless(
     if not prompts:
         raise PromptError("there is no prompt to verify with; give at least one")
     check_count("samples", samples, 0)
-    check_count("max_new_tokens", max_new_tokens, 0)
+    check_count("max_new_tokens", max_new_tokens, 1)
     if unknown := sorted(set(sampled) - set(WARPERS)):
         known = ", ".join(WARPERS)
         raise SamplingError(f"cannot verify with {', '.join(unknown)}; sampled may have {known}")
@@ -230,11 +230,12 @@ def verify_lossless(
     divergences: dict[str, list[Divergence]] = {way: [] for way in ways}
     count = 0
     # Buffers of one size serve all texts, with one program for each plan and way.
-    longest = min(max(map(len, encoded)) + max_new_tokens, stack.oracle.config.n_positions)
+    longest = max(map(len, encoded)) + max_new_tokens
+    capacity = bucket(min(longest, stack.oracle.config.n_positions))
 
     def text(prompt: list[int], plan: Plan, options: Mapping[str, Any]) -> list[int]:
         sampling = Sampling.create(1, **options)
-        (one,) = generate_batch(stack, [prompt], max_new_tokens, sampling, plan, bucket(longest))
+        (one,) = generate_batch(stack, [prompt], max_new_tokens, sampling, plan, capacity)
         return one.tokens
 
     for index, prompt in enumerate(encoded):

@@ -145,6 +145,18 @@ def fresh_cache(model, tokens):
     return model(tokens, mask=mask, cache=model.init_cache(batch, size))[1]
 
 
+def assert_fresh(models, state):
+    """What caches hold is what one pass over the text computes."""
+    for model, cache in zip(models, state.caches, strict=True):
+        fresh = fresh_cache(model, state.text[:, :TEXT])
+        pairs = zip((*cache.keys, *cache.values), (*fresh.keys, *fresh.values), strict=True)
+        for ours, expected in pairs:
+            for row, seen in enumerate(cache.length.tolist()):
+                np.testing.assert_allclose(
+                    ours[row, :, :seen], expected[row, :, :seen], rtol=2e-4, atol=2e-4
+                )
+
+
 @pytest.mark.parametrize("agreement", ["always", "between", "never"])
 def test_after_any_round_each_cache_equals_a_fresh_prefill(agreement):
     stack = toys.stack(agreement, drafts=2)
@@ -153,15 +165,9 @@ def test_after_any_round_each_cache_equals_a_fresh_prefill(agreement):
         state, _ = run(stack, PROMPTS, 30, sampling_for("top_k", 3), plan_for(2), stop_at=stop_at)
         assert int(state.length.max()) < max(len(p) for p in PROMPTS) + 30
         np.testing.assert_array_equal(state.caches[0].length, state.length - 1)
-        for model, cache in zip(models, state.caches, strict=True):
+        for cache in state.caches:
             assert (cache.length < state.length).all() and int(cache.length.max()) > 0
-            fresh = fresh_cache(model, state.text[:, :TEXT])
-            pairs = zip((*cache.keys, *cache.values), (*fresh.keys, *fresh.values), strict=True)
-            for ours, expected in pairs:
-                for row, seen in enumerate(cache.length.tolist()):
-                    np.testing.assert_allclose(
-                        ours[row, :, :seen], expected[row, :, :seen], rtol=2e-4, atol=2e-4
-                    )
+        assert_fresh(models, state)
 
 
 def test_a_draft_that_was_switched_off_is_caught_up():

@@ -45,8 +45,10 @@ def unprivileged():
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
-    yield
-    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def compile_program(factor: float = 2.0) -> bool:
