@@ -15,7 +15,7 @@ from ssd_jax.sampling import (
     Draw,
     Noise,
     Sampling,
-    _best_two_by_top_k,
+    best_few,
     best_two,
     choose,
     gumbel_noise,
@@ -145,6 +145,29 @@ def test_warp_equals_the_sorting_definition(seed, temperature, top_k, top_p):
         assert_warped(got[row], expected, distance)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.one_of(st.none(), st.integers(1, 400)),
+    st.one_of(st.none(), st.floats(0.05, 1.0)),
+    st.floats(0.05, 1.0),
+)
+def test_slack_keeps_a_little_more_and_never_less(seed, top_k, top_p, slack):
+    logits = np.random.default_rng(seed).normal(0, 2, (1, 1, 400)).astype(np.float32)
+    draw = draw_of(temperature=1.0, top_k=top_k, top_p=None)
+    kept = np.isfinite(warp(jnp.asarray(logits), draw, slack))
+    assert (kept >= np.isfinite(warp(jnp.asarray(logits), draw))).all()
+    assert kept.sum() <= (1 + slack) * (top_k or 400)
+    draw = draw_of(temperature=1.0, top_k=None, top_p=top_p)
+    kept = np.isfinite(warp(jnp.asarray(logits), draw, slack))
+    assert (kept >= np.isfinite(warp(jnp.asarray(logits), draw))).all()
+    weight = np.exp(logits)
+    needed = reference.warp(logits[0, 0], 1.0, None, top_p)
+    last = np.exp(needed[np.isfinite(needed)].min())  # the share may end within a token
+    spare = weight.sum() * (1 - (top_p or 1.0))
+    assert weight[~kept].sum() >= (1 - slack) * spare - last - 1e-3
+
+
 def _boundary_distance(logits, temperature, top_k, top_p) -> float:
     scaled = reference.warp(logits, temperature, top_k, None)
     probs = np.sort(np.exp(scaled - scaled.max()))[::-1]
@@ -268,13 +291,38 @@ def test_the_scale_of_logits_does_not_matter_to_top_k(scale):
     assert set(np.asarray(token)[0].tolist()) <= set(np.argsort(np.asarray(logits))[-2:].tolist())
 
 
-def test_margin_is_best_minus_second():
-    for way in (best_two, _best_two_by_top_k):
-        token, margin = way(jnp.asarray([[[1.0, 4.0, 2.5], [0.0, -jnp.inf, -jnp.inf]]]))
-        assert token.tolist() == [[1, 0]]
-        assert margin.tolist() == [[1.5, np.inf]]
-        token, margin = way(jnp.asarray([[[7.0]], [[2.0]]]))
-        assert token.tolist() == [[0], [0]] and margin.tolist() == [[np.inf], [np.inf]]
+@pytest.mark.parametrize("vocab", [3, 1000])
+def test_margin_is_best_minus_second(vocab):
+    rows = jnp.full((1, 2, vocab), -jnp.inf)
+    rows = rows.at[0, 0, :3].set(jnp.asarray([1.0, 4.0, 2.5])).at[0, 1, 0].set(0.0)
+    token, margin = best_two(rows)
+    assert token.tolist() == [[1, 0]]
+    assert margin.tolist() == [[1.5, np.inf]]
+
+
+def test_the_only_token_wins_by_any_margin():
+    token, margin = best_two(jnp.asarray([[[7.0]], [[2.0]]]))
+    assert token.tolist() == [[0], [0]] and margin.tolist() == [[np.inf], [np.inf]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 5, 511, 512, 1024, 1025, 1500]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 4, 10**6]),
+    st.floats(0.0, 1.0),
+)
+def test_the_best_few_are_those_of_a_sort(seed, vocab, count, values, impossible):
+    """Of equals the first, also where blocks tie, and where most entries are minus infinity."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, values, (2, 3, vocab)).astype(np.float32)
+    rows[rng.random(rows.shape) < impossible] = -np.inf
+    count = min(count, vocab)
+    expected = np.argsort(-rows, axis=-1, kind="stable")[..., :count]
+    best, token = jax.jit(best_few, static_argnums=1)(jnp.asarray(rows), count)
+    np.testing.assert_array_equal(token, expected)
+    np.testing.assert_array_equal(best, np.take_along_axis(rows, expected, -1))
 
 
 @pytest.mark.parametrize(
