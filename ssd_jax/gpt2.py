@@ -177,8 +177,8 @@ def _table_product(x: jax.Array, table: jax.Array, dtype) -> jax.Array:
     cpu = dtype == jnp.float32 and jax.default_backend() == "cpu"
     if not cpu or not 1 < count <= _FEW_ROWS:
         return _product("bte,ve->btv", x, table, dtype)
-    # With the table on the left XLA's library does not rearrange it: two thirds of the time for 2 to
-    # 4 rows and for multiples of 8.
+    # With the table on the left XLA's library does not rearrange it: two thirds of the time for 2
+    # to 4 rows and for multiples of 8.
     spare = 0 if count <= 4 else -count % 8
     rows = jnp.pad(x.reshape(count, -1), ((0, spare), (0, 0)))
     turned = _product("ve,re->vr", table, rows, dtype)
