@@ -23,7 +23,7 @@ from ssd_jax.ngram import NGramTables
 from ssd_jax.pacing import Pace, after_round, best_width
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.processors import History
-from ssd_jax.sampling import Noise, Sampling, choose
+from ssd_jax.sampling import Noise, Sampling, best_few, choose
 from ssd_jax.stages import Round
 from ssd_jax.tree import TokenTree, at
 
@@ -414,7 +414,7 @@ def _log_probs(logits: jax.Array, rows: jax.Array, token: jax.Array, alternative
     logits = jnp.take_along_axis(logits, rows[:, :, None], axis=1, mode="promise_in_bounds")
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, token[:, :, None], axis=2, mode="promise_in_bounds")
-    top, top_token = lax.top_k(logits, alternatives)
+    top, top_token = best_few(logits, alternatives)
     return LogProbs(chosen[:, :, 0] - total, top_token, top - total[:, :, None])
 
 

@@ -14,6 +14,9 @@ import platformdirs
 
 from ssd_jax.errors import CheckpointError, InsufficientMemoryError, SsdError
 
+# No configuration, vocabulary or plan comes near it; parsed it takes many times as much memory.
+_LARGEST_JSON = 2**27
+
 # "name" or "owner/name", as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -61,6 +64,8 @@ def user_cache(kind: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; :class:`CheckpointError` if it holds anything else."""
     with explaining(path, "cannot be read"):
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object; fetch or export it again")

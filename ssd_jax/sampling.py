@@ -333,6 +333,9 @@ def _typical(kept: jax.Array, share: jax.Array, slack: float) -> jax.Array:
     return jnp.where(near >= least[..., None], kept, -jnp.inf)
 
 
+# What drafts take: they keep up to this part more tokens than top-k and top-p leave.
+SLACK = 0.3
+
 # More than what noise makes good: it lies between -2.9 and 22.9.
 _REACH = 32.0
 

@@ -21,16 +21,13 @@ from ssd_jax.kv_cache import KVCache, keep
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.processors import History, process
-from ssd_jax.sampling import Noise, Sampling, best_few, perturb, scores
+from ssd_jax.sampling import SLACK, Noise, Sampling, best_few, perturb, scores
 from ssd_jax.spans import within
 from ssd_jax.tree import TokenTree, at
 
 # Mean of the standard Gumbel distribution: stands for the unknown noise of the tokens that
 # the n-gram stage does not list.
 EULER = 0.5772157
-
-# A draft keeps up to this part more tokens than top-k and top-p leave, and finds them sooner.
-_SLACK = 0.3
 
 
 # Every index below is in range by construction; the default mode pays for a check.
@@ -288,7 +285,7 @@ def _draft_pass(
     row, hit = trees.rows_of_best(*wanted)
     logits, slot, cache = evaluate(rnd, stage, tree, cache, nodes, row, hit)
     logits = processed(rnd, tree, nodes, logits)
-    scored = scores(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw, _SLACK)
+    scored = scores(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw, SLACK)
     tau = rnd.tau(stage)[:, None, None]
     best, token = best_few(scored, min(branch, scored.shape[-1]))
     highest = best[:, :, :1]

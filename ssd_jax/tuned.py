@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ def load_costs(stack: Stack) -> PassCosts | None:
     return None if tuned is None else tuned.costs
 
 
+def _are_costs(values: Iterable[float]) -> bool:
+    return all(0 < value < math.inf for value in values)
+
+
 def _parsed(document: dict[str, Any], stack: Stack, path: Path) -> Tuned:
     if document.get("schema") != SCHEMA:
         raise PlanError(f"{path} is not of schema {SCHEMA}")
@@ -138,10 +143,10 @@ def _parsed(document: dict[str, Any], stack: Stack, path: Path) -> Tuned:
             str(stage): {int(width): float(cost) for width, cost in own.items()}
             for stage, own in costs["seconds"].items()
         }
-        if not all(own and min(own.values()) > 0 for own in seconds.values()):
+        if not all(own and _are_costs(own.values()) for own in seconds.values()):
             raise PlanError(f"{path}: a cost is missing or not positive")
         return Tuned(plans, speedups, PassCosts(seconds, int(costs["slots"])))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"{path} is damaged ({first_line(error)})") from None

@@ -21,3 +21,11 @@ import jax  # noqa: E402
 # Mixing bfloat16 and float32 by accident is an error. Rank promotion stays allowed: adding a
 # bias [E] to [B, T, E] is the idiom of every linear layer.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests say they tried (``record_property("tried", ...)``), from all workers."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "tried":
+                terminalreporter.write_line(f"tried: {value}")

@@ -10,6 +10,7 @@ import argparse
 import collections
 import importlib.util
 import json
+import os
 import random
 import resource
 import shutil
@@ -27,9 +28,10 @@ import numpy as np
 import toys
 from flax import nnx
 
-from ssd_jax import checkpoint
+from ssd_jax import checkpoint, tuned
 from ssd_jax.benchmark.prompts import read_prompts
-from ssd_jax.errors import SsdError
+from ssd_jax.costs import PassCosts
+from ssd_jax.errors import PlanError, SsdError
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.ngram import KatzModel
 from ssd_jax.plan import DraftPlan, NGramPlan, Plan
@@ -92,7 +94,16 @@ def fields(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(document).encode("utf-8", "surrogatepass")
 
 
+def header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header is sound JSON of the right length, with other contents: huge
+    shapes, offsets that lie, a name twice."""
+    size = int.from_bytes(data[:8], "little")
+    changed = fields(data[8 : 8 + size], rng)
+    return len(changed).to_bytes(8, "little") + changed + data[8 + size :]
+
+
 BINARY = (flip, truncate, overwrite, splice, head)
+SAFETENSORS = (*BINARY, header, header, header)
 TEXT = (*BINARY, fields, fields, fields)
 
 
@@ -140,6 +151,13 @@ def formats(base: Path) -> dict[str, Format]:
         shutil.copytree(golden / name, base / name)
     tokenizer, ngram, plan = folder("tokenizer"), folder("ngram"), folder("plan")
     toys.byte_tokenizer().save(tokenizer)
+    names = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<|endoftext|>"}
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps(names))
+    bpe = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    pair = folder("pair")
+    (pair / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]
+    (pair / "merges.txt").write_text("\n".join(merges) + "\n")
     toys.katz().save(ngram / "ngram.safetensors")
     staged = Plan(width=6, drafts=(DraftPlan(),), ngram=NGramPlan(), depth=4, nodes=16)
     (plan / "plan.json").write_text(staged.to_json())
@@ -148,20 +166,58 @@ def formats(base: Path) -> dict[str, Format]:
     load = checkpoint.load_model
     found = {
         "config.json": Format(whole, "config.json", load, TEXT),
-        "safetensors": Format(whole, "model.safetensors", load),
-        "shard": Format(sharded, shard, load),
+        "safetensors": Format(whole, "model.safetensors", load, SAFETENSORS),
+        "shard": Format(sharded, shard, load, SAFETENSORS),
         "index": Format(sharded, "model.safetensors.index.json", load, TEXT),
         "msgpack": Format(base / "gpt2_flax", "flax_model.msgpack", load),
         "tokenizer.json": Format(tokenizer, "tokenizer.json", Tokenizer.load, TEXT),
+        "tokenizer_config": Format(tokenizer, "tokenizer_config.json", Tokenizer.load, TEXT),
+        "special_tokens": Format(tokenizer, "special_tokens_map.json", Tokenizer.load, TEXT),
+        "vocab.json": Format(pair, "vocab.json", Tokenizer.load, TEXT),
+        "merges.txt": Format(pair, "merges.txt", Tokenizer.load),
         "n-gram": Format(
-            ngram, "ngram.safetensors", lambda f: KatzModel.load(f / "ngram.safetensors")
+            ngram,
+            "ngram.safetensors",
+            lambda f: KatzModel.load(f / "ngram.safetensors"),
+            SAFETENSORS,
         ),
         "plan": Format(plan, "plan.json", lambda f: Plan.load(f / "plan.json"), TEXT),
         "prompts": Format(prompts, "p.jsonl", lambda f: read_prompts(f / "p.jsonl")),
     }
+    found["tuned plans"] = _tuned_plans(folder("tuned"))
     if importlib.util.find_spec("torch"):
         found["torch"] = Format(base / "gpt2_bin", "pytorch_model.bin", load)
+        split = base / "split"
+        shutil.copytree(base / "gpt2_bin", split)
+        weights, index = "pytorch_model-1.bin", "pytorch_model.bin.index.json"
+        (split / "pytorch_model.bin").rename(split / weights)
+        tensors = torch_names(split / weights)
+        (split / index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, weights)}))
+        found["torch shard"] = Format(split, weights, load)
+        found["torch index"] = Format(split, index, load, TEXT)
     return found
+
+
+def torch_names(path: Path) -> list[str]:
+    import torch
+
+    return list(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _tuned_plans(base: Path) -> Format:
+    """What the tuner keeps in the user's cache folder; damaged it is ignored with a warning."""
+    os.environ["SSD_JAX_CACHE"] = str(base)
+    stack = toys.stack()
+    costs = PassCosts({"oracle": {1: 0.1, 8: 0.2}, "draft": {1: 0.01}}, 256)
+    path = tuned.save(stack, tuned.Tuned({"greedy": Plan.staged()}, {"greedy": 1.5}, costs))
+
+    def load(_: Path) -> tuned.Tuned:
+        found = tuned.load(stack)
+        if found is None:
+            raise PlanError("ignored")
+        return found
+
+    return Format(path.parent, path.name, load, TEXT)
 
 
 def run(cases: int, seed: int, say: Callable[[str], None] = print) -> int:

@@ -66,7 +66,7 @@ def test_an_interrupt_in_a_callback_of_the_garbage_collector_counts(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "share"),
-    [(signal.SIGINT, share) for share in (0.2, 0.4, 0.6, 0.85)] + [(signal.SIGTERM, 0.5)],
+    [(kind, share) for kind in (signal.SIGINT, signal.SIGTERM) for share in (0.2, 0.4, 0.6, 0.85)],
 )
 def test_a_signal_ends_it_and_the_next_run_is_sound(undisturbed, tmp_path, share, kind):
     text, seconds = undisturbed

@@ -99,10 +99,13 @@ def live(state) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", CAPACITIES)
-def test_any_policy_in_any_chunks_writes_the_oracles_text_and_keeps_its_caches(name):
+def test_any_policy_in_any_chunks_writes_the_oracles_text_and_keeps_its_caches(
+    name, record_property
+):
     most = CAPACITIES[name]
     drafts, capacities = len(most.drafts), Capacities.of(most, TEXT)
     models, _ = start(stack(drafts), PROMPTS, NEW, capacities)
+    checked = []
 
     @settings(max_examples=COUNT, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
@@ -129,8 +132,10 @@ def test_any_policy_in_any_chunks_writes_the_oracles_text_and_keeps_its_caches(n
             state = decode(state, state.length + chunk)
         for ours, other in zip(live(state), live(whole), strict=True):
             np.testing.assert_allclose(ours, other, rtol=2e-4, atol=2e-4)
+        checked.append(policy)
 
     check()
+    record_property("tried", f"{len(checked)} random policies in capacities {name!r}")
 
 
 LOOK_UP = NGramPlan(levels=2, width=2, branch=0, match=2, match_prob=(0.3, 0.6))

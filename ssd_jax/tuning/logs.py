@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ssd_jax import decode as engine
 from ssd_jax import stages
@@ -19,7 +18,7 @@ from ssd_jax.batch import first_state
 from ssd_jax.errors import PlanError
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
-from ssd_jax.sampling import Sampling, gumbel_noise, scores
+from ssd_jax.sampling import SLACK, Sampling, best_few, gumbel_noise, scores
 from ssd_jax.stack import Stack
 
 LISTED = 16  # continuations kept of each distribution
@@ -193,11 +192,11 @@ def _below(models, tables, sampling, policy, state, length, capacities):
     for model, cache in enumerate(caches, 1):
         logits, *_ = stages.evaluate(rnd, model, tree, cache, nodes, rows, hit)
         logits = stages.processed(rnd, tree, nodes, logits)
-        scored = scores(logits, rnd.noise, entry, sampling.draw)
+        scored = scores(logits, rnd.noise, entry, sampling.draw, SLACK)
         log_prob = jax.nn.log_softmax(scored / rnd.tau(model)[:, None, None], axis=-1)
-        best, token = lax.top_k(log_prob[0], min(LISTED, log_prob.shape[-1]))
-        listed_tokens.append(token)
-        listed_logs.append(best)
+        best, token = best_few(log_prob, min(LISTED, log_prob.shape[-1]))
+        listed_tokens.append(token[0])
+        listed_logs.append(best[0])
     tree = jax.tree.map(lambda field: field[0], (tree.token, tree.parent, tree.valid))
     token, parent, valid = (field[root:] for field in tree)
     return token, parent - root, valid, listed_tokens, listed_logs
