@@ -345,14 +345,12 @@ class _Search(NamedTuple):
 
     Attributes:
       goal: the weight that is looked for; negative while it is a number of values.
-      most: the number or weight that is near enough to it.
       low, high: the values from ``low`` on reach the goal, those from ``high`` on do not.
       more, fewer: how many values there are from ``low`` and from ``high`` on.
       weight: of the values from ``low`` on.
     """
 
     goal: jax.Array
-    most: jax.Array
     low: jax.Array
     high: jax.Array
     more: jax.Array
@@ -368,10 +366,9 @@ class _Search(NamedTuple):
         return self.low + (self.high - self.low) / 2
 
     @property
-    def settled(self) -> jax.Array:
+    def exhausted(self) -> jax.Array:
         between = (self.middle > self.low) & (self.middle < self.high)
-        near = jnp.where(self.counting, self.more, self.weight) <= self.most
-        return near | ~(between & (self.more - self.fewer > 1))
+        return ~(between & (self.more - self.fewer > 1))
 
 
 def _threshold(
@@ -409,14 +406,18 @@ def _threshold(
 
     def weigh(search: _Search, where: jax.Array) -> _Search:
         """Look for the share of what lies above the lower bound."""
-        goal = share * search.weight
-        most = goal + slack * (search.weight - goal) if slack else jnp.full_like(goal, -jnp.inf)
         return search._replace(
-            goal=jnp.where(where, goal, search.goal),
-            most=jnp.where(where, most, search.most),
+            goal=jnp.where(where, share * search.weight, search.goal),
             high=jnp.where(where, jnp.where(share < 1, above_all, search.low), search.high),
             fewer=jnp.where(where, 0.0, search.fewer),
         )
+
+    def settled(search: _Search) -> jax.Array:
+        near = search.counting & (search.more <= count * (1 + slack))
+        if slack:
+            most = search.goal * (1 + slack * (1 / share - 1))
+            near |= ~search.counting & (search.weight <= most)
+        return near | search.exhausted
 
     def halve(search: _Search) -> _Search:
         here = search.middle
@@ -429,11 +430,10 @@ def _threshold(
             fewer=jnp.where(reached, search.fewer, number),
             weight=jnp.where(reached, mass, search.weight),
         )
-        return weigh(search, search.counting & search.settled)
+        return weigh(search, search.counting & settled(search))
 
     start = _Search(
         goal=jnp.full_like(best, -1.0),
-        most=jnp.broadcast_to(count * (1 + slack), best.shape),
         low=lowest,
         high=above_all,
         more=jnp.full_like(best, values.shape[-1]),
@@ -441,7 +441,7 @@ def _threshold(
         weight=jnp.sum(weight, axis=-1),
     )
     start = weigh(start, count >= values.shape[-1])
-    low = lax.while_loop(lambda search: jnp.any(~search.settled), halve, start).low
+    low = lax.while_loop(lambda search: jnp.any(~settled(search)), halve, start).low
     return jnp.where(low > lowest, low, -jnp.inf)
 
 
