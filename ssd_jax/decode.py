@@ -23,7 +23,7 @@ from ssd_jax.ngram import NGramTables
 from ssd_jax.pacing import Pace, after_round, best_width
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.processors import History
-from ssd_jax.sampling import Noise, Sampling, best_few, choose
+from ssd_jax.sampling import Noise, Sampling, best_few, choose, take
 from ssd_jax.stages import Round
 from ssd_jax.tree import TokenTree, at
 
@@ -411,9 +411,9 @@ def _verify(
 
 def _log_probs(logits: jax.Array, rows: jax.Array, token: jax.Array, alternatives: int) -> LogProbs:
     """Of ``token`` ``[B, P]`` and its best alternatives, by ``rows`` ``[B, P]`` of ``logits``."""
-    logits = jnp.take_along_axis(logits, rows[:, :, None], axis=1, mode="promise_in_bounds")
+    logits = take(logits, rows[:, :, None], axis=1)
     total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, token[:, :, None], axis=2, mode="promise_in_bounds")
+    chosen = take(logits, token[:, :, None], axis=2)
     top, top_token = best_few(logits, alternatives)
     return LogProbs(chosen[:, :, 0] - total, top_token, top - total[:, :, None])
 
@@ -485,9 +485,7 @@ def _evaluate_tree(
     among = trees.lineage_among(tree, nodes) & found[:, None, :]
     slots = jnp.arange(rnd.capacities.slots(0))
     index = slots - first[:, None]
-    own = jnp.take_along_axis(
-        among, jnp.clip(index, 0, nodes.shape[1] - 1)[:, None, :], axis=2, mode="promise_in_bounds"
-    )
+    own = take(among, jnp.clip(index, 0, nodes.shape[1] - 1)[:, None, :], axis=2)
     own &= ((index >= 0) & (index < nodes.shape[1]))[:, None, :]
     position = jnp.clip(
         rnd.position(at(tree.depth, nodes)), 0, rnd.models[0].config.n_positions - 1

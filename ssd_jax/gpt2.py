@@ -39,7 +39,7 @@ _FUSED_ROWS = 16
 # An exact model's product has at least two rows on a CPU, since one alone is no matrix product to
 # XLA, and elsewhere a multiple of so many, on which the library's choice of a kernel depends.
 _EXACT_TILE = 32
-# Up to so many rows a tied head's table stands on the left of its product on a CPU.
+# Up to so many rows the head's table stands on the left of its product on a CPU.
 _FEW_ROWS = 64
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
@@ -162,28 +162,39 @@ _narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 def _exact_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
     """``[..., in]`` times ``[out, in]``, each row alike whatever the others are and how many."""
-    rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0]
-    backend = jax.default_backend()
-    padded = max(count, 2) if backend == "cpu" else -(-count // _EXACT_TILE) * _EXACT_TILE
-    rows = jnp.pad(rows, ((0, padded - count), (0, 0)))
-    out = _product("ri,oi->ro", rows, weights, dtype)[:count]
-    return out.reshape(*x.shape[:-1], -1)
+    count = math.prod(x.shape[:-1])
+    on_cpu = jax.default_backend() == "cpu"
+    filled = max(count, 2) if on_cpu else _multiple(count, _EXACT_TILE)
+    return _by_rows(x, filled, lambda rows: _product("ri,oi->ro", rows, weights, dtype))
 
 
 def _table_product(x: jax.Array, table: jax.Array, dtype) -> jax.Array:
     """``[B, T, in]`` times ``[out, in]``."""
     count = math.prod(x.shape[:-1])
-    cpu = dtype == jnp.float32 and jax.default_backend() == "cpu"
-    if not cpu or not 1 < count <= _FEW_ROWS:
+    rearranged = dtype == jnp.float32 and jax.default_backend() == "cpu"
+    if not rearranged or not 1 < count <= _FEW_ROWS:
         return _product("bte,ve->btv", x, table, dtype)
+
+    def turned(rows: jax.Array) -> jax.Array:
+        # Without a barrier XLA would turn the product round.
+        return lax.optimization_barrier(_product("ve,re->vr", table, rows, dtype)).T
+
     # With the table on the left XLA's library does not rearrange it: two thirds of the time for 2
     # to 4 rows and for multiples of 8.
-    spare = 0 if count <= 4 else -count % 8
-    rows = jnp.pad(x.reshape(count, -1), ((0, spare), (0, 0)))
-    turned = _product("ve,re->vr", table, rows, dtype)
-    # Without a barrier XLA would turn the product round.
-    return lax.optimization_barrier(turned).T[:count].reshape(*x.shape[:-1], -1)
+    return _by_rows(x, count if count <= 4 else _multiple(count, 8), turned)
+
+
+def _by_rows(x: jax.Array, filled: int, product: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """A product ``[R, in]`` -> ``[R, out]`` of the rows of ``x`` ``[..., in]``, which zeros fill up
+    to R = ``filled``."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    out = product(jnp.pad(rows, ((0, filled - count), (0, 0))))[:count]
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _multiple(count: int, tile: int) -> int:
+    return -(-count // tile) * tile
 
 
 class Linear(nnx.Module):

@@ -9,7 +9,6 @@ stage below that the draft confirms is a draft pass saved (staging: Spector and 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,17 +20,13 @@ from ssd_jax.kv_cache import KVCache, keep
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.processors import History, process
-from ssd_jax.sampling import SLACK, Noise, Sampling, best_few, perturb, scores
+from ssd_jax.sampling import SLACK, Noise, Sampling, best_few, perturb, scores, take
 from ssd_jax.spans import within
 from ssd_jax.tree import TokenTree, at
 
 # Mean of the standard Gumbel distribution: stands for the unknown noise of the tokens that
 # the n-gram stage does not list.
 EULER = 0.5772157
-
-
-# Every index below is in range by construction; the default mode pays for a check.
-_take = partial(jnp.take_along_axis, mode="promise_in_bounds")
 
 jax.tree_util.register_dataclass(Policy)  # here, so that plan.py does without JAX
 
@@ -309,7 +304,7 @@ def _revalue(tree: TokenTree, row, hit, scored, tau, total) -> TokenTree:
     ``logsumexp``."""
     batch, _, vocab = scored.shape
     row = at(row, tree.parent)
-    fresh = _take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1)
+    fresh = take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1)
     fresh = fresh / tau[:, 0] - at(total, row)
     mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
     # A child that this stage rules out altogether stays, at a floor: a slot is never vacated.
@@ -399,7 +394,7 @@ def _noise_of(rnd: Round, entry: jax.Array, token: jax.Array) -> jax.Array | flo
         return 0.0
     batch, _, vocab = rnd.noise.values.shape
     index = (entry[:, :, None] * vocab + token).reshape(batch, -1)
-    return _take(rnd.noise.values.reshape(batch, -1), index, axis=1).reshape(token.shape)
+    return take(rnd.noise.values.reshape(batch, -1), index, axis=1).reshape(token.shape)
 
 
 def _katz_log_prob(rnd: Round, entry, token, log_prob) -> jax.Array:

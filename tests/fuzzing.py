@@ -37,6 +37,7 @@ from ssd_jax.ngram import KatzModel
 from ssd_jax.plan import DraftPlan, NGramPlan, Plan
 from ssd_jax.tokenizer import Tokenizer
 
+GOLDEN = Path(__file__).parent / "golden"
 SECONDS = 30  # a case that takes longer hangs
 MEMORY = 8 * 2**30  # of address space, of which JAX itself takes a few
 
@@ -146,18 +147,8 @@ def formats(base: Path) -> dict[str, Format]:
     checkpoint.save_model(model, whole)
     checkpoint.save_model(model, sharded, max_shard_bytes=20_000)
     shard = next(p.name for p in sorted(sharded.glob("*.safetensors")))
-    golden = Path(__file__).parent / "golden"
-    for name in ("gpt2_flax", "gpt2_bin"):
-        shutil.copytree(golden / name, base / name)
-    tokenizer, ngram, plan = folder("tokenizer"), folder("ngram"), folder("plan")
-    toys.byte_tokenizer().save(tokenizer)
-    names = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<|endoftext|>"}
-    (tokenizer / "special_tokens_map.json").write_text(json.dumps(names))
-    bpe = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
-    pair = folder("pair")
-    (pair / "vocab.json").write_text(json.dumps(bpe["vocab"]))
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]
-    (pair / "merges.txt").write_text("\n".join(merges) + "\n")
+    shutil.copytree(GOLDEN / "gpt2_flax", base / "flax")
+    ngram, plan = folder("ngram"), folder("plan")
     toys.katz().save(ngram / "ngram.safetensors")
     staged = Plan(width=6, drafts=(DraftPlan(),), ngram=NGramPlan(), depth=4, nodes=16)
     (plan / "plan.json").write_text(staged.to_json())
@@ -169,12 +160,7 @@ def formats(base: Path) -> dict[str, Format]:
         "safetensors": Format(whole, "model.safetensors", load, SAFETENSORS),
         "shard": Format(sharded, shard, load, SAFETENSORS),
         "index": Format(sharded, "model.safetensors.index.json", load, TEXT),
-        "msgpack": Format(base / "gpt2_flax", "flax_model.msgpack", load),
-        "tokenizer.json": Format(tokenizer, "tokenizer.json", Tokenizer.load, TEXT),
-        "tokenizer_config": Format(tokenizer, "tokenizer_config.json", Tokenizer.load, TEXT),
-        "special_tokens": Format(tokenizer, "special_tokens_map.json", Tokenizer.load, TEXT),
-        "vocab.json": Format(pair, "vocab.json", Tokenizer.load, TEXT),
-        "merges.txt": Format(pair, "merges.txt", Tokenizer.load),
+        "msgpack": Format(base / "flax", "flax_model.msgpack", load),
         "n-gram": Format(
             ngram,
             "ngram.safetensors",
@@ -184,24 +170,49 @@ def formats(base: Path) -> dict[str, Format]:
         "plan": Format(plan, "plan.json", lambda f: Plan.load(f / "plan.json"), TEXT),
         "prompts": Format(prompts, "p.jsonl", lambda f: read_prompts(f / "p.jsonl")),
     }
+    found |= _tokenizers(folder("tokenizer"), folder("pair"))
     found["tuned plans"] = _tuned_plans(folder("tuned"))
     if importlib.util.find_spec("torch"):
-        found["torch"] = Format(base / "gpt2_bin", "pytorch_model.bin", load)
-        split = base / "split"
-        shutil.copytree(base / "gpt2_bin", split)
-        weights, index = "pytorch_model-1.bin", "pytorch_model.bin.index.json"
-        (split / "pytorch_model.bin").rename(split / weights)
-        tensors = torch_names(split / weights)
-        (split / index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, weights)}))
-        found["torch shard"] = Format(split, weights, load)
-        found["torch index"] = Format(split, index, load, TEXT)
+        found |= _torch_weights(base / "torch", base / "split")
     return found
 
 
-def torch_names(path: Path) -> list[str]:
+def _tokenizers(whole: Path, pair: Path) -> dict[str, Format]:
+    """One in a file, with those that name its special tokens; and one as GPT-2's two files."""
+    toys.byte_tokenizer().save(whole)
+    names = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<|endoftext|>"}
+    (whole / "special_tokens_map.json").write_text(json.dumps(names))
+    bpe = json.loads((whole / "tokenizer.json").read_text())["model"]
+    (pair / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = ["#version: 0.2", *map(" ".join, bpe["merges"])]
+    (pair / "merges.txt").write_text("\n".join(merges) + "\n")
+    load = Tokenizer.load
+    return {
+        "tokenizer.json": Format(whole, "tokenizer.json", load, TEXT),
+        "tokenizer_config": Format(whole, "tokenizer_config.json", load, TEXT),
+        "special_tokens": Format(whole, "special_tokens_map.json", load, TEXT),
+        "vocab.json": Format(pair, "vocab.json", load, TEXT),
+        "merges.txt": Format(pair, "merges.txt", load),
+    }
+
+
+def _torch_weights(whole: Path, split: Path) -> dict[str, Format]:
+    """In one file, and as a shard with its index."""
     import torch
 
-    return list(torch.load(path, map_location="cpu", weights_only=True))
+    for folder in (whole, split):
+        shutil.copytree(GOLDEN / "gpt2_bin", folder)
+    name, shard = "pytorch_model.bin", "pytorch_model-1.bin"
+    (split / name).rename(split / shard)
+    tensors = torch.load(split / shard, map_location="cpu", weights_only=True)
+    index = {"weight_map": dict.fromkeys(tensors, shard)}
+    (split / f"{name}.index.json").write_text(json.dumps(index))
+    load = checkpoint.load_model
+    return {
+        "torch": Format(whole, name, load),
+        "torch shard": Format(split, shard, load),
+        "torch index": Format(split, f"{name}.index.json", load, TEXT),
+    }
 
 
 def _tuned_plans(base: Path) -> Format:

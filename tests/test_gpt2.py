@@ -56,7 +56,7 @@ def test_logits_agree_with_golden(name):
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 2), (1, 5), (1, 12), (3, 4), (2, 40), (1, 64), (1, 65)]
 )
-def test_a_tied_heads_product_is_the_same_for_any_number_of_rows(shape):
+def test_a_heads_product_is_the_same_for_any_number_of_rows(shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(*shape, 24)).astype(np.float32)
     table = rng.normal(size=(61, 24)).astype(np.float32)
