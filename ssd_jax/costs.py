@@ -45,6 +45,7 @@ def pass_seconds(
     slots: int = 256,
     repeats: int = 8,
     loop_seconds: float = 0.05,
+    logits: bool = True,
 ) -> list[float]:
     """Median seconds of passes alone, measured in turns.
 
@@ -56,6 +57,7 @@ def pass_seconds(
       slots: of the model's cache; all but the newest are filled.
       repeats: measured loops of each.
       loop_seconds: a loop makes at least as many passes as this takes.
+      logits: whether a pass ends with logits, or as those over a prompt with the last keys.
     """
 
     def one_pass(model, state):
@@ -63,8 +65,10 @@ def pass_seconds(
         width = tokens.shape[1]
         positions = slots - width + jnp.arange(width)[None]
         seen = jnp.arange(slots) <= positions[..., None]
-        logits, cache = model(tokens, positions, mask=seen, cache=cache, offset=slots - width)
-        return logits.argmax(-1).astype(jnp.int32), cache
+        scores, cache = model(tokens, positions, mask=seen, cache=cache, offset=slots - width)
+        chosen = scores.argmax(-1).astype(jnp.int32)
+        # Other tokens each time, so that nothing can be computed once for all passes.
+        return chosen if logits else (tokens + 1) % model.config.vocab_size, cache
 
     @partial(jax.jit, donate_argnums=1)
     def loop(model, state, count):
@@ -88,13 +92,18 @@ def pass_seconds(
 
 
 def pass_costs(
-    models: Mapping[str, GPT2], widths: Mapping[str, Iterable[int]], *, slots: int, repeats: int = 8
+    models: Mapping[str, GPT2],
+    widths: Mapping[str, Iterable[int]],
+    *,
+    slots: int,
+    repeats: int = 8,
+    logits: bool = True,
 ) -> PassCosts:
     """:func:`pass_seconds` of some widths of each of some models by stage name."""
     pairs = [(name, width) for name, own in widths.items() for width in dict.fromkeys(own)]
     passes = [(models[name], width) for name, width in pairs]
     seconds: dict[str, dict[int, float]] = {name: {} for name in widths}
-    times = pass_seconds(passes, slots=slots, repeats=repeats)
+    times = pass_seconds(passes, slots=slots, repeats=repeats, logits=logits)
     for (name, width), own in zip(pairs, times, strict=True):
         seconds[name][width] = own
     return PassCosts(seconds, slots)

@@ -230,14 +230,17 @@ def prefill(
 ) -> DecodeState:
     """Bring the oracle's cache up to the root, once and for all: every round leaves it there.
 
-    Arguments as for :func:`decode`. Drafts catch up in the rounds, as they may fall behind.
+    Arguments as for :func:`decode`. Drafts may fall behind, so that it is in the rounds that they
+    catch up; most of a long prompt they are given here.
     """
     rnd = new_round(models, tables, state, sampling, policy, capacities)
-    oracle, _ = stages.catch_up(rnd, 0, settle(state.caches[0]), backlog=1)
+    caches = (settle(state.caches[0]), *state.caches[1:])
+    oracle, *drafts = (stages.prefill(rnd, model, cache) for model, cache in enumerate(caches))
+    oracle, _ = stages.catch_up(rnd, 0, oracle, backlog=1)
     if capacities.widths[0] > 1:
         path = (state.length.shape[0], capacities.depth + 1)
         oracle = dataclasses.replace(oracle, pending=jnp.full(path, -1, jnp.int32))
-    return dataclasses.replace(state, caches=(oracle, *state.caches[1:]))
+    return dataclasses.replace(state, caches=(oracle, *drafts))
 
 
 def speculative_step(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 #: Plain decoding, the classical chain of one draft, and everything.
 MODES = ("baseline", "speculative", "staged")
 DEFAULT = "default"  # in place of a plan: the mode's own, whatever the tuner has found
+WIDE = 4  # chunks in a pass over a long prompt
 MAX_TRIGRAM_BRANCH = 8  # continuations kept for each trigram context on the device
 
 
@@ -134,7 +136,8 @@ class Plan:
       depth: deepest level of the tree.
       nodes: the tree's capacity below the root.
       floor: children whose path is less probable than this are not added.
-      chunk: tokens evaluated at once when a cache catches up with the text (the prompt).
+      chunk: tokens evaluated at once when a cache catches up with the text; four times as many
+        as long as a single prompt lacks them.
       narrower: widths below ``width``, ascending, of which the oracle may use one instead where
         more nodes are not worth their cost. Each is compiled apart.
       row_cost: of each node beyond the first in an oracle pass, in units of a pass over one.
@@ -316,6 +319,11 @@ def _fields(record: type, given: Any, source: str) -> Mapping[str, Any]:
     return given
 
 
+def prefill_passes(tokens: int, chunk: int) -> tuple[int, int]:
+    """How many passes of four chunks and how many of one it takes to evaluate a prompt."""
+    return divmod(math.ceil(tokens / chunk), WIDE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Capacities:
     """Static numbers: they set shapes, and a new set compiles a new program.
@@ -325,7 +333,7 @@ class Capacities:
       nodes: N, trunk included.
       trunk: K.
       depth: D, deepest tree level.
-      chunk: tokens a pass when catching up.
+      chunk: tokens a pass when catching up, see :func:`prefill_passes`.
       widths: W of the oracle and of each draft.
       narrower: further widths of the oracle, ascending.
       branches: children per node, for each draft.

@@ -18,7 +18,7 @@ from jax import lax
 from ssd_jax import tree as trees
 from ssd_jax.kv_cache import KVCache, keep
 from ssd_jax.ngram import NGramTables
-from ssd_jax.plan import Capacities, Policy
+from ssd_jax.plan import WIDE, Capacities, Policy
 from ssd_jax.processors import History, process
 from ssd_jax.sampling import SLACK, Noise, Sampling, best_few, perturb, scores, take
 from ssd_jax.spans import within
@@ -98,38 +98,65 @@ def forward(rnd: Round, model: int, *args, **kwargs) -> tuple[jax.Array, KVCache
 def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCache, jax.Array]:
     """Evaluate committed tokens in chunks until at most ``backlog`` are missing.
 
-    This is the prefill, and what brings back a draft that was switched off. A model whose
-    positions run out stays behind.
+    This ends the prefill, and brings back a draft that was switched off. A model whose positions
+    run out stays behind.
 
     Returns:
       The cache, and int32, the number of passes made.
     """
-    network, chunk = rnd.models[model], rnd.capacities.chunk
-    goal = jnp.minimum(rnd.length - 1, network.config.n_positions)
+    chunk, goal = rnd.capacities.chunk, _in_reach(rnd, model)
     behind = rnd.active & (rnd.length - cache.length > backlog) & (cache.length < goal)
     goal = jnp.where(behind, goal, cache.length)
-
-    def step(cache):
-        slots = jnp.arange(rnd.capacities.slots(model))
-        position = cache.length[:, None] + jnp.arange(chunk)
-        token = at(rnd.text, position)
-        with jax.named_scope("catch_up"):
-            _, written = forward(
-                rnd,
-                model,
-                token,
-                jnp.minimum(position, network.config.n_positions - 1),
-                mask=slots <= position[:, :, None],
-                cache=cache,
-                offset=cache.length,
-            )
-        length = jnp.minimum(cache.length + chunk, goal)
-        return dataclasses.replace(written, length=length)
-
     passes = -(-jnp.max(goal - cache.length) // chunk)
     # Counted before the loop: after it, the old length would be a copy.
     cache, passes = lax.optimization_barrier((cache, passes))
+
+    def step(cache):
+        return _extend(rnd, model, cache, chunk, goal)
+
     return lax.while_loop(lambda cache: jnp.any(cache.length < goal), step, cache), passes
+
+
+def prefill(rnd: Round, model: int, cache: KVCache) -> KVCache:
+    """Evaluate committed tokens as long as a wide pass does for four chunks, the last of which
+    may not be full: a slot for each of its rows is there without any further one.
+
+    A row of a wide pass costs less. Those of a batch are wide enough.
+    """
+    chunk, goal = rnd.capacities.chunk, _in_reach(rnd, model)
+    enough = (WIDE - 1) * chunk
+    if rnd.length.shape[0] > 1 or rnd.capacities.text <= enough + 1:
+        return cache
+
+    def step(cache):
+        return _extend(rnd, model, cache, WIDE * chunk, goal)
+
+    def more(cache):
+        return jnp.any(rnd.active & (goal - cache.length > enough))
+
+    return lax.while_loop(more, step, cache)
+
+
+def _in_reach(rnd: Round, model: int) -> jax.Array:
+    """``[B]`` int32, how much of the text before its newest token a model has positions for."""
+    return jnp.minimum(rnd.length - 1, rnd.models[model].config.n_positions)
+
+
+def _extend(rnd: Round, model: int, cache: KVCache, rows: int, goal: jax.Array) -> KVCache:
+    """One pass over the next ``rows`` tokens of the text, of which those before ``goal`` count."""
+    slots = jnp.arange(rnd.capacities.slots(model))
+    position = cache.length[:, None] + jnp.arange(rows)
+    with jax.named_scope("catch_up"):
+        _, written = forward(
+            rnd,
+            model,
+            at(rnd.text, position),
+            jnp.minimum(position, rnd.models[model].config.n_positions - 1),
+            mask=slots <= position[:, :, None],
+            cache=cache,
+            offset=cache.length,
+        )
+    return dataclasses.replace(written, length=jnp.minimum(cache.length + rows, goal))
 
 
 def evaluate(

@@ -169,6 +169,12 @@ def test_overhead_is_what_the_passes_alone_do_not_take():
     figures = summarize(records, {"staged": {"oracle": cost}})["greedy"]["staged"]
     assert figures["overhead_share"] == pytest.approx(1 - (3 * 0.4 + 2 * 0.1) / 2.0)
     assert summarize(records)["greedy"]["staged"]["overhead_share"] is None
+    # Of 41 tokens, 32 in two wide passes, 9 in three.
+    records[0]["prompt_tokens"] = 42
+    cost |= {"wide_prefill_seconds": 0.15}
+    figures = summarize(records, {"staged": {"oracle": cost}})["greedy"]["staged"]
+    assert figures["overhead_share"] == pytest.approx(1 - (3 * 0.4 + 2 * 0.15 + 3 * 0.1) / 2.0)
+    records[0]["prompt_tokens"] = 9
     # Two of the three rounds were narrower.
     records[0] |= {"round_passes": {"oracle": [1, 1, 1]}, "round_widths": [1, 4, 1]}
     cost |= {"width": 4, "narrower": {"1": 0.3}}

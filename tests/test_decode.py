@@ -10,6 +10,7 @@ import reference
 import toys
 
 from ssd_jax import decode as engine
+from ssd_jax import plan as plan_module
 from ssd_jax.batch import first_state
 from ssd_jax.checkpoint import save_model
 from ssd_jax.compiled import cache_sized_copies, described, gpu_device
@@ -168,6 +169,36 @@ def test_after_any_round_each_cache_equals_a_fresh_prefill(agreement):
         for cache in state.caches:
             assert (cache.length < state.length).all() and int(cache.length.max()) > 0
         assert_fresh(models, state)
+
+
+@pytest.mark.parametrize("cached", [0, 14])
+def test_a_prompt_of_any_length_is_in_the_caches_before_the_first_round(cached):
+    """From an empty cache and an earlier turn's, up to a buffer's very end."""
+    stack = toys.stack("between", drafts=1)
+    plan = plan_for(1, chunk=4)
+    capacities = Capacities.of(plan, TEXT)
+    assert capacities.scratch(1) < plan_module.WIDE * plan.chunk  # no room is made for wide passes
+    fill = jax.jit(engine.prefill, static_argnames="capacities")
+    # All its tables, so that no two of the prompts' tokens are alike.
+    text = np.random.default_rng(3).integers(0, toys.VOCAB, TEXT).tolist()
+
+    def filled(length, caches):
+        models = (stack.oracle, *stack.drafts)
+        state = first_state(models, [text[:length]], [TEXT], (), capacities, caches=caches)
+        sampling = sampling_for("greedy", 1)
+        return fill(models, stack.tables, state, sampling, Policy.of(plan), capacities=capacities)
+
+    earlier = filled(cached + 1, None).caches if cached else None
+    for length in range(cached + 2, TEXT):
+        state = filled(length, earlier)
+        oracle, draft = state.caches
+        assert oracle.length.tolist() == [length - 1]
+        # A draft is given its wide passes, and the rest when it first drafts.
+        begun = int(earlier[1].length[0]) if earlier else 0
+        wide, single = plan_module.prefill_passes(length - 1 - begun, plan.chunk)
+        assert int(draft.length[0]) == min(begun + wide * 16, length - 1)
+        assert length - 1 - int(draft.length[0]) <= single * plan.chunk < 16
+        assert_fresh((stack.oracle, *stack.drafts), state)
 
 
 def test_a_draft_that_was_switched_off_is_caught_up():

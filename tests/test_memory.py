@@ -12,7 +12,7 @@ import ssd_jax
 from ssd_jax import batch, checkpoint, decode_command, files, gpt2, memory
 from ssd_jax import decode as engine
 from ssd_jax.errors import InsufficientMemoryError
-from ssd_jax.plan import Capacities, DraftPlan, Plan, Policy
+from ssd_jax.plan import WIDE, Capacities, DraftPlan, Plan, Policy
 from ssd_jax.sampling import Sampling
 
 MIB = 2**20
@@ -66,7 +66,7 @@ def test_a_long_prompt_takes_the_memory_of_its_chunks():
         (text, chunk): compiled_for(2000, 1, text, chunk)[2].temp_size_in_bytes
         for text, chunk in ((512, 16), (2048, 16), (2048, 1024))
     }
-    scores = 4 * 4 * 16 * 2048  # bytes, of one layer: heads, rows, slots
+    scores = 4 * 4 * WIDE * 16 * 2048  # bytes, of one layer: heads, rows, slots
     assert temporary[2048, 16] < temporary[512, 16] + 4 * scores
     assert temporary[2048, 1024] > 8 * temporary[2048, 16]
 

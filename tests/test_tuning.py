@@ -192,6 +192,12 @@ def test_seconds_are_passes_and_what_lies_between_them():
     alone = (2 * 8 + 2 * 5) + (2 * 0.8 + 0.8 + 4 * 0.3)  # prefill in two chunks of 8
     model = cost.CostModel(costs, (1.5, 10.0, 1.0, 0.0, 0.5, 0.0))
     assert model.seconds(plan, walk, log) == pytest.approx(1.5 * alone + 2 * 10 + 4 + 0.5 * 22)
+    # Of 41 tokens, 32 in one wide pass and 9 in two.
+    longer = dataclasses.replace(log, start=42)
+    more = (32 + 2 * 8) * 1.1 - 2 * 8 * 1.1
+    assert model.seconds(plan, walk, longer) - model.seconds(plan, walk, log) == (
+        pytest.approx(1.5 * more)
+    )
 
 
 def plan_size(plan: Plan) -> float:

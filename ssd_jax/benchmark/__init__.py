@@ -11,9 +11,10 @@ engine reports, prompt included, which end when the tokens are on the host.
   ``cache_bytes_per_token`` are what a pass of a stage reads, ``plans`` the plan of each mode,
   and of ``MODE, sampled`` where sampled texts follow another (the tuner finds one for each kind).
 ``costs[mode][stage]`` (``MODE, sampled`` too, as in ``plans``)
-  a pass of the stage alone: ``width`` tokens in ``seconds``, and ``prefill_width`` tokens in
-  ``prefill_seconds``, medians over a cache of ``slots``; ``narrower``, the seconds by each other
-  width that the oracle may choose.
+  a pass of the stage alone: ``width`` tokens in ``seconds``, and, without logits,
+  ``prefill_width`` tokens of the prompt in ``prefill_seconds`` and four times as many in
+  ``wide_prefill_seconds``, medians over a cache of ``slots``; ``narrower``, the seconds by each
+  other width that the oracle may choose. Older files have no wide passes, and logits in all.
 ``records``
   one per prompt, mode, sampling and repeat: ``prompt`` (its index), ``dtype``, ``prompt_tokens``,
   ``seconds``, ``compile_seconds``, ``new_tokens``, ``characters``, ``tokens`` (ids),

@@ -291,23 +291,27 @@ def _drop_incomplete(records: list[Record], modes: Sequence[str]) -> None:
 def _costs(own: dict[str, tuple[Stack, Plan]], records: list[Record]) -> Costs:
     """Passes alone, over a cache as long as a typical text."""
     from ssd_jax.costs import pass_costs
-    from ssd_jax.plan import Capacities
+    from ssd_jax.plan import WIDE, Capacities
 
     text = int(statistics.median(r["prompt_tokens"] + r["new_tokens"] for r in records))
     costs: Costs = {}
     for mode, (stack, plan) in own.items():
         capacities = Capacities.of(plan, text)
-        slots = max(text, plan.chunk, *capacities.widths)
+        slots = max(text, *capacities.widths)
         width_of = dict(zip(stack.models, capacities.widths, strict=False))
         narrower = {"oracle": capacities.narrower}
-        widths = {n: (w, plan.chunk, *narrower.get(n, ())) for n, w in width_of.items()}
+        widths = {n: (w, *narrower.get(n, ())) for n, w in width_of.items()}
         measured = pass_costs(stack.models, widths, slots=slots).seconds
+        chunks = dict.fromkeys(width_of, (plan.chunk, WIDE * plan.chunk))
+        room = max(slots, WIDE * plan.chunk)
+        prefill = pass_costs(stack.models, chunks, slots=room, logits=False).seconds
         costs[mode] = {
             name: {
                 "width": width,
                 "seconds": measured[name][width],
                 "prefill_width": plan.chunk,
-                "prefill_seconds": measured[name][plan.chunk],
+                "prefill_seconds": prefill[name][plan.chunk],
+                "wide_prefill_seconds": prefill[name][WIDE * plan.chunk],
                 # Names of JSON are strings.
                 "narrower": {str(w): measured[name][w] for w in narrower.get(name, ())},
                 "slots": slots,

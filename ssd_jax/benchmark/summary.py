@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssd_jax.benchmark.measure import SAMPLINGS, Record, is_sampled
-from ssd_jax.plan import MODES
+from ssd_jax.plan import MODES, WIDE, prefill_passes
 
 BASELINE = "baseline"  # further baselines are named after it, with a dtype
 SAMPLED = ", sampled"  # ends the name of a mode's plan for sampled texts, where it is another one
@@ -87,15 +86,21 @@ def _summary_of(name: str, prompts: Prompts, modes: dict[str, Prompts], costs: d
 
 
 def _overhead_share(records: Sequence[Record], costs: dict) -> float | None:
-    """See the package. Plain prefill passes are as many as the prompt has chunks."""
+    """See the package."""
     alone = 0.0
     for record in records:
         for stage, cost in costs.items():
-            prefill = math.ceil((record["prompt_tokens"] - 1) / cost["prefill_width"])
-            alone += prefill * cost["prefill_seconds"]
-            alone += _seconds_alone(record, stage, cost)
+            alone += _prefill_alone(record, cost) + _seconds_alone(record, stage, cost)
     total = sum(record["seconds"] for record in records)
     return 1 - alone / total if total else None
+
+
+def _prefill_alone(record: Record, cost: dict) -> float:
+    """Seconds of a stage's passes over the prompt."""
+    wide, single = prefill_passes(record["prompt_tokens"] - 1, cost["prefill_width"])
+    in_single = cost["prefill_seconds"]
+    # Before there were wide passes, each took the place of its chunks.
+    return wide * cost.get("wide_prefill_seconds", WIDE * in_single) + single * in_single
 
 
 def _seconds_alone(record: Record, stage: str, cost: dict) -> float:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssd_jax.costs import PassCosts, pass_costs
-from ssd_jax.plan import Capacities, Plan
+from ssd_jax.plan import WIDE, Capacities, Plan, prefill_passes
 from ssd_jax.stack import Stack
 from ssd_jax.tuning.logs import TextLog
 from ssd_jax.tuning.replay import Walk
 
-ORACLE_WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48)
-DRAFT_WIDTHS = (1, 2, 4, 8, 16, 32)
+ORACLE_WIDTHS = (1, 2, 4, 8, 16, 24, 32, 48, 128)
+DRAFT_WIDTHS = (1, 2, 4, 8, 16, 32, 128)
 
 #: What the time is made up of. The seconds of passes alone count too: between other work, with
 #: cold caches, a pass takes longer than in a row of its like.
@@ -87,12 +87,15 @@ def _passes_alone(costs: PassCosts, plan: Plan, walk: Walk, log: TextLog) -> flo
     """Seconds that the passes of a walk take alone, those over the prompt among them."""
     names = list(costs.seconds)[: len(plan.drafts) + 1]
     widths = Capacities.of(plan, 1).widths
-    prefill = math.ceil((log.start - 1) / plan.chunk)
+    wide, single = prefill_passes(log.start - 1, plan.chunk)
     made = (walk.rounds, *walk.passes)
-    chunks = (prefill, *(prefill + count for count in walk.caught_up))
-    return sum(
-        count * costs.of(name, width) + chunk * costs.of(name, plan.chunk)
-        for name, width, count, chunk in zip(names, widths, made, chunks, strict=True)
+    prefill = sum(
+        wide * costs.of(name, WIDE * plan.chunk) + (single + more) * costs.of(name, plan.chunk)
+        for name, more in zip(names, (0, *walk.caught_up), strict=True)
+    )
+    return prefill + sum(
+        count * costs.of(name, width)
+        for name, width, count in zip(names, widths, made, strict=True)
     )
 
 
