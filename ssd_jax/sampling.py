@@ -44,7 +44,8 @@ class Draw:
     Attributes:
       temperature: ``[B]`` float32; 0 is greedy.
       top_k: ``[B]`` float32; infinity excludes nothing.
-      top_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing.
+      top_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing. ``None`` where no row has any and
+        there are no processors: then nothing is weighed.
       min_p: ``[B]`` float32 in [0, 1]; 0 excludes nothing.
       typical_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing. ``None`` where processors are.
       seed: ``[B, 2]`` uint32, the two key words of the noise.
@@ -52,7 +53,7 @@ class Draw:
 
     temperature: jax.Array
     top_k: jax.Array
-    top_p: jax.Array
+    top_p: jax.Array | None
     min_p: jax.Array
     typical_p: jax.Array | None
     seed: jax.Array
@@ -72,8 +73,9 @@ class Draw:
 class Sampling:
     """How each batch row chooses its tokens.
 
-    What is ``None`` is not in the compiled program. There are three such programs: neither field;
-    ``draw`` alone; and both. Values of options, and which of them are on, are traced.
+    What is ``None`` is not in the compiled program. There are four such programs: neither field;
+    ``draw`` alone, without top-p and with it; and both. Values of options, and which of the others
+    are on, are traced.
 
     Attributes:
       draw: ``None`` if every row is greedy and without processors.
@@ -138,6 +140,8 @@ class Sampling:
             if not fields["temperature"].any():
                 return cls(None, None)
             fields["typical_p"] = None
+            if (fields["top_p"] == 1).all():
+                fields["top_p"] = None
         return cls(jax.device_put(Draw(**fields)), processed)
 
 
@@ -303,8 +307,11 @@ def warp(logits: jax.Array, draw: Draw, slack: float = 0.0) -> jax.Array:
       ``[B, W, V]`` float32 unnormalised log-weights.
     """
     scaled = draw.scale(logits)
-    weight, best = _weights(scaled)
-    least = _threshold(scaled, weight, best, draw.top_k, draw.top_p, slack)
+    best = jnp.max(scaled, axis=-1)
+    if draw.top_p is None:
+        least = _threshold(scaled, None, best, draw.top_k, None, slack)
+    else:
+        least = _threshold(scaled, _weights(scaled, best), best, draw.top_k, draw.top_p, slack)
     least = jnp.maximum(least, _least_probable(best, draw))
     kept = jnp.where(scaled >= least[..., None], scaled, -jnp.inf)
     if draw.typical_p is None:
@@ -313,10 +320,9 @@ def warp(logits: jax.Array, draw: Draw, slack: float = 0.0) -> jax.Array:
     return lax.cond(jnp.any(share < 1), lambda: _typical(kept, share, slack), lambda: kept)
 
 
-def _weights(scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights ``[B, W, V]`` of scaled logits, 1 for the best, and the best ones ``[B, W]``."""
-    best = jnp.max(scaled, axis=-1)
-    return jnp.exp(scaled - best[..., None]), best
+def _weights(scaled: jax.Array, best: jax.Array) -> jax.Array:
+    """Weights ``[B, W, V]`` of scaled logits, 1 for the best ones ``[B, W]``."""
+    return jnp.exp(scaled - best[..., None])
 
 
 def _least_probable(best: jax.Array, draw: Draw) -> jax.Array:
@@ -347,22 +353,23 @@ class _Search(NamedTuple):
     """Bounds of a threshold, all ``[B, W]`` float32.
 
     Attributes:
-      goal: the weight that is looked for; negative while it is a number of values.
+      goal: the weight that is looked for; negative while it is a number of values, and ``None``
+        where nothing is weighed.
       low, high: the values from ``low`` on reach the goal, those from ``high`` on do not.
       more, fewer: how many values there are from ``low`` and from ``high`` on.
-      weight: of the values from ``low`` on.
+      weight: of the values from ``low`` on, or ``None``.
     """
 
-    goal: jax.Array
+    goal: jax.Array | None
     low: jax.Array
     high: jax.Array
     more: jax.Array
     fewer: jax.Array
-    weight: jax.Array
+    weight: jax.Array | None
 
     @property
     def counting(self) -> jax.Array:
-        return self.goal < 0
+        return jnp.ones(self.low.shape, bool) if self.goal is None else self.goal < 0
 
     @property
     def middle(self) -> jax.Array:
@@ -376,10 +383,10 @@ class _Search(NamedTuple):
 
 def _threshold(
     values: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | None,
     best: jax.Array,
     count: jax.Array,
-    share: jax.Array,
+    share: jax.Array | None,
     slack: float = 0.0,
 ) -> jax.Array:
     """The least value that is kept if a row keeps its ``count`` greatest ones, and of these the
@@ -391,10 +398,10 @@ def _threshold(
 
     Args:
       values: ``[B, W, V]`` float32.
-      weight: ``[B, W, V]`` float32, not negative.
+      weight: ``[B, W, V]`` float32, not negative; ``None`` without a share.
       best: ``[B, W]`` float32, the greatest values.
       count: ``[B]`` float32; infinity for all.
-      share: ``[B]`` float32 in (0, 1]; 1 for all.
+      share: ``[B]`` float32 in (0, 1]; 1 for all; ``None`` if no row has one.
       slack: static. With more than 0 the search ends sooner, and up to this part of the count, and
         of the weight beyond the share, is kept too much. What proposes need not be exact.
 
@@ -402,54 +409,63 @@ def _threshold(
       ``[B, W]`` float32, at least ``best - _REACH``: less cannot win. Minus infinity where a row
       keeps all.
     """
-    count, share = count[:, None], share[:, None]
+    count = count[:, None]
     # More than the best, however large it is.
     above_all = best + jnp.maximum(jnp.abs(best) * 1e-6, 1.0)
     lowest = best - _REACH
 
     def weigh(search: _Search, where: jax.Array) -> _Search:
-        """Look for the share of what lies above the lower bound."""
+        """Look for the share, if there is one, of what lies above the lower bound."""
+        if share is None or search.goal is None or search.weight is None:
+            return search._replace(high=jnp.where(where, search.low, search.high))
+        own = share[:, None]
         return search._replace(
-            goal=jnp.where(where, share * search.weight, search.goal),
-            high=jnp.where(where, jnp.where(share < 1, above_all, search.low), search.high),
+            goal=jnp.where(where, own * search.weight, search.goal),
+            high=jnp.where(where, jnp.where(own < 1, above_all, search.low), search.high),
             fewer=jnp.where(where, 0.0, search.fewer),
         )
 
     def settled(search: _Search) -> jax.Array:
         near = search.counting & (search.more <= count * (1 + slack))
-        if slack:
-            most = search.goal * (1 + slack * (1 / share - 1))
+        if slack and share is not None and search.goal is not None and search.weight is not None:
+            most = search.goal * (1 + slack * (1 / share[:, None] - 1))
             near |= ~search.counting & (search.weight <= most)
         return near | search.exhausted
 
     def halve(search: _Search) -> _Search:
         here = search.middle
         number, mass = _above(values >= here[..., None], weight)
-        reached = jnp.where(search.counting, number >= count, mass >= search.goal)
+        reached, heavy = number >= count, search.weight
+        if mass is not None and heavy is not None and search.goal is not None:
+            reached = jnp.where(search.counting, reached, mass >= search.goal)
+            heavy = jnp.where(reached, mass, heavy)
         search = search._replace(
             low=jnp.where(reached, here, search.low),
             high=jnp.where(reached, search.high, here),
             more=jnp.where(reached, number, search.more),
             fewer=jnp.where(reached, search.fewer, number),
-            weight=jnp.where(reached, mass, search.weight),
+            weight=heavy,
         )
         return weigh(search, search.counting & settled(search))
 
     start = _Search(
-        goal=jnp.full_like(best, -1.0),
+        goal=None if weight is None else jnp.full_like(best, -1.0),
         low=lowest,
         high=above_all,
         more=jnp.full_like(best, values.shape[-1]),
         fewer=jnp.zeros_like(best),
-        weight=jnp.sum(weight, axis=-1),
+        weight=None if weight is None else jnp.sum(weight, axis=-1),
     )
     start = weigh(start, count >= values.shape[-1])
     low = lax.while_loop(lambda search: jnp.any(~settled(search)), halve, start).low
     return jnp.where(low > lowest, low, -jnp.inf)
 
 
-def _above(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many tokens ``[B, W, V]`` are ``above``, and their weight: ``[B, W]`` float32 each."""
+def _above(above: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """How many tokens ``[B, W, V]`` are ``above``, and their weight if they have any: ``[B, W]``
+    float32 each."""
+    if weight is None:
+        return jnp.sum(above.astype(jnp.float32), axis=-1), None
 
     def apart(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         kept = jnp.where(above, weight, 0.0)
@@ -536,19 +552,23 @@ def _try_best(scaled: jax.Array, scored: jax.Array, draw: Draw) -> tuple[jax.Arr
       scored: ``[B, W, V]`` float32, the same with noise.
       draw: the options of each row, typical-p left out.
     """
-    weight, best = _weights(scaled)
+    best = jnp.max(scaled, axis=-1)
     count, share = draw.top_k, draw.top_p
-    # What top-k leaves must be known before top-p takes its share: a trial could not tell.
-    both = (count < jnp.inf) & (share < 1)
-    first = (jnp.where(both, count, jnp.inf), jnp.where(both, share, 1.0))
-    least = _threshold(scaled, weight, best, *first)
-    least = jnp.maximum(least, _least_probable(best, draw))
-    enough = jnp.where(share < 1, share, jnp.inf)[:, None] * jnp.sum(weight, axis=-1)
+    least = _least_probable(best, draw)
+    weight = enough = None
+    if share is not None:
+        weight = _weights(scaled, best)
+        # What top-k leaves must be known before top-p takes its share: a trial could not tell.
+        both = (count < jnp.inf) & (share < 1)
+        first = (jnp.where(both, count, jnp.inf), jnp.where(both, share, 1.0))
+        least = jnp.maximum(least, _threshold(scaled, weight, best, *first))
+        enough = jnp.where(share < 1, share, jnp.inf)[:, None] * jnp.sum(weight, axis=-1)
 
     def keeps(own: jax.Array) -> jax.Array:
         """Which tokens are kept, of one in each row whose scaled logits are given ``[B, W]``."""
         number, mass = _above(scaled > own[..., None], weight)
-        return (number < count[:, None]) & (mass < enough) & (own >= least)
+        kept = (number < count[:, None]) & (own >= least)
+        return kept if mass is None or enough is None else kept & (mass < enough)
 
     def trial(carry):
         excluded, *_ = carry

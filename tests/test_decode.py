@@ -355,8 +355,9 @@ class Counting:
 jax.tree_util.register_pytree_node(Counting, lambda c: ((), c), lambda c, _: c)
 
 
-def test_three_traces_serve_prompts_policies_and_all_options():
-    """One where all is greedy, one with the options of sampling, one with processors too."""
+def test_four_traces_serve_prompts_policies_and_all_options():
+    """One where all is greedy, one with the options of sampling but top-p, one with it, and one with
+    processors too."""
     stack = toys.stack("between")
     models = tuple(Counting(m) for m in (stack.oracle, *stack.drafts))
     capacities = Capacities.of(plan_for(1), TEXT)
@@ -374,8 +375,14 @@ def test_three_traces_serve_prompts_policies_and_all_options():
         [
             dict(seed=2, temperature=1.0),
             dict(seed=3, temperature=0.5, top_k=3),
-            dict(temperature=1.5, top_p=0.5, top_k=20),
+            dict(temperature=1.5, top_k=20, min_p=0.1),
             dict(temperature=0.1, min_p=0.2),
+        ],
+        [
+            dict(temperature=1.0, top_p=0.9),
+            dict(seed=3, temperature=0.5, top_p=0.8, top_k=3),
+            dict(temperature=1.5, top_p=0.5, top_k=20),
+            dict(temperature=0.1, top_p=0.9, min_p=0.2),
         ],
         [
             dict(repetition_penalty=1.3),
@@ -389,7 +396,7 @@ def test_three_traces_serve_prompts_policies_and_all_options():
         for group in options
     ]
     assert all(len(set(group)) == 1 for group in counts)
-    assert counts[0][0] < counts[1][0] < counts[2][0]
+    assert counts[0][0] < counts[1][0] < counts[2][0] < counts[3][0]
 
 
 def lowered(stack, batch, place=lambda tree: tree, plan=None):
