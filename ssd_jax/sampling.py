@@ -309,7 +309,7 @@ def warp(logits: jax.Array, draw: Draw, slack: float = 0.0) -> jax.Array:
     scaled = draw.scale(logits)
     best = jnp.max(scaled, axis=-1)
     if draw.top_p is None:
-        least = _threshold(scaled, None, best, draw.top_k, None, slack)
+        least = _count_threshold(scaled, best, draw.top_k, slack)
     else:
         least = _threshold(scaled, _weights(scaled, best), best, draw.top_k, draw.top_p, slack)
     least = jnp.maximum(least, _least_probable(best, draw))
@@ -349,27 +349,31 @@ SLACK = 0.3
 _REACH = 32.0
 
 
-class _Search(NamedTuple):
-    """Bounds of a threshold, all ``[B, W]`` float32.
+class _Bounds(NamedTuple):
+    """Of a threshold that is searched for by halving, all ``[B, W]`` float32.
+
+    By halving it takes a dozen steps for distinct values, the distance of two floats for equal
+    ones. Sorts are ruinous, and how many values a row keeps is traced.
 
     Attributes:
-      goal: the weight that is looked for; negative while it is a number of values, and ``None``
-        where nothing is weighed.
-      low, high: the values from ``low`` on reach the goal, those from ``high`` on do not.
+      low, high: the values from ``low`` on are enough, those from ``high`` on are not.
       more, fewer: how many values there are from ``low`` and from ``high`` on.
-      weight: of the values from ``low`` on, or ``None``.
     """
 
-    goal: jax.Array | None
     low: jax.Array
     high: jax.Array
     more: jax.Array
     fewer: jax.Array
-    weight: jax.Array | None
 
-    @property
-    def counting(self) -> jax.Array:
-        return jnp.ones(self.low.shape, bool) if self.goal is None else self.goal < 0
+    @classmethod
+    def around(cls, values: jax.Array, best: jax.Array) -> _Bounds:
+        """Of any threshold of ``values`` ``[B, W, V]``, of which ``best`` are the greatest."""
+        return cls(
+            low=best - _REACH,
+            high=_above_all(best),
+            more=jnp.full_like(best, values.shape[-1]),
+            fewer=jnp.zeros_like(best),
+        )
 
     @property
     def middle(self) -> jax.Array:
@@ -380,28 +384,65 @@ class _Search(NamedTuple):
         between = (self.middle > self.low) & (self.middle < self.high)
         return ~(between & (self.more - self.fewer > 1))
 
+    def halved(self, enough: jax.Array, number: jax.Array) -> _Bounds:
+        """The half that is left, given whether the values from the middle on are ``enough``, and
+        their ``number``."""
+        return _Bounds(
+            low=jnp.where(enough, self.middle, self.low),
+            high=jnp.where(enough, self.high, self.middle),
+            more=jnp.where(enough, number, self.more),
+            fewer=jnp.where(enough, self.fewer, number),
+        )
+
+    def least(self, best: jax.Array) -> jax.Array:
+        """The threshold, once the search has ended; minus infinity where a row keeps all."""
+        return jnp.where(self.low > best - _REACH, self.low, -jnp.inf)
+
+
+def _above_all(best: jax.Array) -> jax.Array:
+    """More than the best, however large it is."""
+    return best + jnp.maximum(jnp.abs(best) * 1e-6, 1.0)
+
+
+def _count_threshold(
+    values: jax.Array, best: jax.Array, count: jax.Array, slack: float = 0.0
+) -> jax.Array:
+    """The least value that is kept if a row keeps its ``count`` greatest ones.
+
+    Arguments and result as of :func:`_threshold`, which does the same with a share of 1.
+    """
+    count = count[:, None]
+
+    def searching(bounds: _Bounds) -> jax.Array:
+        return jnp.any((bounds.more > count * (1 + slack)) & ~bounds.exhausted)
+
+    def halve(bounds: _Bounds) -> _Bounds:
+        number = _number(values >= bounds.middle[..., None])
+        return bounds.halved(number >= count, number)
+
+    return lax.while_loop(searching, halve, _Bounds.around(values, best)).least(best)
+
 
 def _threshold(
     values: jax.Array,
-    weight: jax.Array | None,
+    weight: jax.Array,
     best: jax.Array,
     count: jax.Array,
-    share: jax.Array | None,
+    share: jax.Array,
     slack: float = 0.0,
 ) -> jax.Array:
     """The least value that is kept if a row keeps its ``count`` greatest ones, and of these the
     fewest greatest that make up a ``share`` of their weight.
 
-    By halving, first for the count and then for the share, each until the count is met or at most
-    one value lies between the bounds: a dozen steps for distinct values, the distance of two floats
-    for equal ones. Sorts are ruinous, and ``count`` is traced.
+    One search, first for the count and then for the share, each until it is met or at most one
+    value lies between the bounds.
 
     Args:
       values: ``[B, W, V]`` float32.
-      weight: ``[B, W, V]`` float32, not negative; ``None`` without a share.
+      weight: ``[B, W, V]`` float32, not negative.
       best: ``[B, W]`` float32, the greatest values.
       count: ``[B]`` float32; infinity for all.
-      share: ``[B]`` float32 in (0, 1]; 1 for all; ``None`` if no row has one.
+      share: ``[B]`` float32 in (0, 1]; 1 for all.
       slack: static. With more than 0 the search ends sooner, and up to this part of the count, and
         of the weight beyond the share, is kept too much. What proposes need not be exact.
 
@@ -409,67 +450,58 @@ def _threshold(
       ``[B, W]`` float32, at least ``best - _REACH``: less cannot win. Minus infinity where a row
       keeps all.
     """
-    count = count[:, None]
-    # More than the best, however large it is.
-    above_all = best + jnp.maximum(jnp.abs(best) * 1e-6, 1.0)
-    lowest = best - _REACH
+    count, share = count[:, None], share[:, None]
 
-    def weigh(search: _Search, where: jax.Array) -> _Search:
-        """Look for the share, if there is one, of what lies above the lower bound."""
-        if share is None or search.goal is None or search.weight is None:
-            return search._replace(high=jnp.where(where, search.low, search.high))
-        own = share[:, None]
+    class Search(NamedTuple):
+        bounds: _Bounds
+        goal: jax.Array  # the weight that is looked for; negative while it is a number of values
+        weight: jax.Array  # of the values from the lower bound on
+
+    def weigh(search: Search, where: jax.Array) -> Search:
+        """Look for the share of what lies above the lower bound."""
+        bounds, high = search.bounds, jnp.where(share < 1, _above_all(best), search.bounds.low)
         return search._replace(
-            goal=jnp.where(where, own * search.weight, search.goal),
-            high=jnp.where(where, jnp.where(own < 1, above_all, search.low), search.high),
-            fewer=jnp.where(where, 0.0, search.fewer),
+            bounds=bounds._replace(
+                high=jnp.where(where, high, bounds.high),
+                fewer=jnp.where(where, 0.0, bounds.fewer),
+            ),
+            goal=jnp.where(where, share * search.weight, search.goal),
         )
 
-    def settled(search: _Search) -> jax.Array:
-        near = search.counting & (search.more <= count * (1 + slack))
-        if slack and share is not None and search.goal is not None and search.weight is not None:
-            most = search.goal * (1 + slack * (1 / share[:, None] - 1))
-            near |= ~search.counting & (search.weight <= most)
-        return near | search.exhausted
+    def settled(search: Search) -> jax.Array:
+        counting = search.goal < 0
+        near = counting & (search.bounds.more <= count * (1 + slack))
+        if slack:
+            most = search.goal * (1 + slack * (1 / share - 1))
+            near |= ~counting & (search.weight <= most)
+        return near | search.bounds.exhausted
 
-    def halve(search: _Search) -> _Search:
-        here = search.middle
-        number, mass = _above(values >= here[..., None], weight)
-        reached, heavy = number >= count, search.weight
-        if mass is not None and heavy is not None and search.goal is not None:
-            reached = jnp.where(search.counting, reached, mass >= search.goal)
-            heavy = jnp.where(reached, mass, heavy)
+    def halve(search: Search) -> Search:
+        bounds, counting = search.bounds, search.goal < 0
+        number, mass = _above(values >= bounds.middle[..., None], weight)
+        enough = jnp.where(counting, number >= count, mass >= search.goal)
         search = search._replace(
-            low=jnp.where(reached, here, search.low),
-            high=jnp.where(reached, search.high, here),
-            more=jnp.where(reached, number, search.more),
-            fewer=jnp.where(reached, search.fewer, number),
-            weight=heavy,
+            bounds=bounds.halved(enough, number), weight=jnp.where(enough, mass, search.weight)
         )
-        return weigh(search, search.counting & settled(search))
+        return weigh(search, counting & settled(search))
 
-    start = _Search(
-        goal=None if weight is None else jnp.full_like(best, -1.0),
-        low=lowest,
-        high=above_all,
-        more=jnp.full_like(best, values.shape[-1]),
-        fewer=jnp.zeros_like(best),
-        weight=None if weight is None else jnp.sum(weight, axis=-1),
-    )
+    bounds = _Bounds.around(values, best)
+    start = Search(bounds, jnp.full_like(best, -1.0), jnp.sum(weight, axis=-1))
     start = weigh(start, count >= values.shape[-1])
-    low = lax.while_loop(lambda search: jnp.any(~settled(search)), halve, start).low
-    return jnp.where(low > lowest, low, -jnp.inf)
+    found = lax.while_loop(lambda search: jnp.any(~settled(search)), halve, start)
+    return found.bounds.least(best)
 
 
-def _above(above: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """How many tokens ``[B, W, V]`` are ``above``, and their weight if they have any: ``[B, W]``
-    float32 each."""
-    if weight is None:
-        return jnp.sum(above.astype(jnp.float32), axis=-1), None
+def _number(above: jax.Array) -> jax.Array:
+    """How many tokens ``[B, W, V]`` are ``above``: ``[B, W]`` float32."""
+    return jnp.sum(above.astype(jnp.float32), axis=-1)
+
+
+def _above(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many tokens ``[B, W, V]`` are ``above``, and their weight: ``[B, W]`` float32 each."""
 
     def apart(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kept = jnp.where(above, weight, 0.0)
-        return jnp.sum(above.astype(jnp.float32), axis=-1), jnp.sum(kept, axis=-1)
+        return _number(above), jnp.sum(jnp.where(above, weight, 0.0), axis=-1)
 
     def together(above: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         operands = above.astype(jnp.float32), jnp.where(above, weight, 0.0)
@@ -553,10 +585,13 @@ def _try_best(scaled: jax.Array, scored: jax.Array, draw: Draw) -> tuple[jax.Arr
       draw: the options of each row, typical-p left out.
     """
     best = jnp.max(scaled, axis=-1)
-    count, share = draw.top_k, draw.top_p
     least = _least_probable(best, draw)
-    weight = enough = None
-    if share is not None:
+    if draw.top_p is None:
+
+        def light(own: jax.Array) -> jax.Array:
+            return _number(scaled > own[..., None]) < draw.top_k[:, None]
+    else:
+        count, share = draw.top_k, draw.top_p
         weight = _weights(scaled, best)
         # What top-k leaves must be known before top-p takes its share: a trial could not tell.
         both = (count < jnp.inf) & (share < 1)
@@ -564,11 +599,13 @@ def _try_best(scaled: jax.Array, scored: jax.Array, draw: Draw) -> tuple[jax.Arr
         least = jnp.maximum(least, _threshold(scaled, weight, best, *first))
         enough = jnp.where(share < 1, share, jnp.inf)[:, None] * jnp.sum(weight, axis=-1)
 
+        def light(own: jax.Array) -> jax.Array:
+            number, mass = _above(scaled > own[..., None], weight)
+            return (number < count[:, None]) & (mass < enough)
+
     def keeps(own: jax.Array) -> jax.Array:
         """Which tokens are kept, of one in each row whose scaled logits are given ``[B, W]``."""
-        number, mass = _above(scaled > own[..., None], weight)
-        kept = (number < count[:, None]) & (own >= least)
-        return kept if mass is None or enough is None else kept & (mass < enough)
+        return light(own) & (own >= least)
 
     def trial(carry):
         excluded, *_ = carry

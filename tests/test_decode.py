@@ -356,8 +356,8 @@ jax.tree_util.register_pytree_node(Counting, lambda c: ((), c), lambda c, _: c)
 
 
 def test_four_traces_serve_prompts_policies_and_all_options():
-    """One where all is greedy, one with the options of sampling but top-p, one with it, and one with
-    processors too."""
+    """One where all is greedy, one with the options of sampling, one with top-p too, and one with
+    processors."""
     stack = toys.stack("between")
     models = tuple(Counting(m) for m in (stack.oracle, *stack.drafts))
     capacities = Capacities.of(plan_for(1), TEXT)
