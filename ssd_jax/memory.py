@@ -13,7 +13,7 @@ from flax import nnx
 
 from ssd_jax.errors import InsufficientMemoryError, ran_out_of_memory
 from ssd_jax.gpt2 import GPT2
-from ssd_jax.plan import WIDE, Capacities
+from ssd_jax.plan import Capacities
 
 REMEDY = "take a smaller model, a narrower dtype (bfloat16, int8), or another device"
 BATCH_REMEDY = "lower batch_size, max_new_tokens or the plan's widths, or shorten the prompts"
@@ -55,8 +55,7 @@ def estimate(models: Sequence[GPT2], capacities: Capacities, rows: int = 1) -> E
         slots = capacities.slots(index)
         caches += rows * slots * cache_bytes_per_token(model)
         config = model.config
-        chunk = capacities.chunk * (WIDE if rows == 1 else 1)
-        width = max(capacities.widths[index], min(chunk, capacities.text))
+        width = max(capacities.widths[index], capacities.prefill_rows(rows))
         # Logits, warped, with noise, and noise itself; scores and their softmax; activations.
         logits = 4 * capacities.widths[index] * config.vocab_size
         attention = 2 * config.n_head * width * slots

@@ -320,7 +320,7 @@ def _fields(record: type, given: Any, source: str) -> Mapping[str, Any]:
 
 
 def prefill_passes(tokens: int, chunk: int) -> tuple[int, int]:
-    """How many passes of four chunks and how many of one it takes to evaluate a prompt."""
+    """How many passes of four chunks and how many of one it takes to evaluate a single prompt."""
     return divmod(math.ceil(tokens / chunk), WIDE)
 
 
@@ -375,6 +375,12 @@ class Capacities:
             passes=tuple(passes),
             ngram=None if ngram is None else (ngram.width, ngram.branch, ngram.match),
         )
+
+    def prefill_rows(self, batch: int) -> int:
+        """Tokens in the passes that begin a prefill: four chunks where a single prompt may fill
+        them, since a row of a wide pass costs less; those of a batch are wide enough."""
+        fills = batch == 1 and prefill_passes(self.text - 1, self.chunk)[0] > 0
+        return self.chunk * (WIDE if fills else 1)
 
     def scratch(self, model: int) -> int:
         """Cache slots a model needs beyond the text: its blocks of one round, a chunk of

@@ -423,6 +423,20 @@ def _count_threshold(
     return lax.while_loop(searching, halve, _Bounds.around(values, best)).least(best)
 
 
+class _Search(NamedTuple):
+    """First for a number of values, then for a share of their weight.
+
+    Attributes:
+      bounds: of the threshold.
+      goal: ``[B, W]`` float32, the weight that is looked for; negative while it is a number.
+      weight: ``[B, W]`` float32, of the values from the lower bound on.
+    """
+
+    bounds: _Bounds
+    goal: jax.Array
+    weight: jax.Array
+
+
 def _threshold(
     values: jax.Array,
     weight: jax.Array,
@@ -452,12 +466,7 @@ def _threshold(
     """
     count, share = count[:, None], share[:, None]
 
-    class Search(NamedTuple):
-        bounds: _Bounds
-        goal: jax.Array  # the weight that is looked for; negative while it is a number of values
-        weight: jax.Array  # of the values from the lower bound on
-
-    def weigh(search: Search, where: jax.Array) -> Search:
+    def weigh(search: _Search, where: jax.Array) -> _Search:
         """Look for the share of what lies above the lower bound."""
         bounds, high = search.bounds, jnp.where(share < 1, _above_all(best), search.bounds.low)
         return search._replace(
@@ -468,7 +477,7 @@ def _threshold(
             goal=jnp.where(where, share * search.weight, search.goal),
         )
 
-    def settled(search: Search) -> jax.Array:
+    def settled(search: _Search) -> jax.Array:
         counting = search.goal < 0
         near = counting & (search.bounds.more <= count * (1 + slack))
         if slack:
@@ -476,7 +485,7 @@ def _threshold(
             near |= ~counting & (search.weight <= most)
         return near | search.bounds.exhausted
 
-    def halve(search: Search) -> Search:
+    def halve(search: _Search) -> _Search:
         bounds, counting = search.bounds, search.goal < 0
         number, mass = _above(values >= bounds.middle[..., None], weight)
         enough = jnp.where(counting, number >= count, mass >= search.goal)
@@ -486,7 +495,7 @@ def _threshold(
         return weigh(search, counting & settled(search))
 
     bounds = _Bounds.around(values, best)
-    start = Search(bounds, jnp.full_like(best, -1.0), jnp.sum(weight, axis=-1))
+    start = _Search(bounds, jnp.full_like(best, -1.0), jnp.sum(weight, axis=-1))
     start = weigh(start, count >= values.shape[-1])
     found = lax.while_loop(lambda search: jnp.any(~settled(search)), halve, start)
     return found.bounds.least(best)

@@ -18,7 +18,7 @@ from jax import lax
 from ssd_jax import tree as trees
 from ssd_jax.kv_cache import KVCache, keep
 from ssd_jax.ngram import NGramTables
-from ssd_jax.plan import WIDE, Capacities, Policy
+from ssd_jax.plan import Capacities, Policy
 from ssd_jax.processors import History, process
 from ssd_jax.sampling import SLACK, Noise, Sampling, best_few, perturb, scores, take
 from ssd_jax.spans import within
@@ -118,21 +118,18 @@ def catch_up(rnd: Round, model: int, cache: KVCache, backlog: int) -> tuple[KVCa
 
 
 def prefill(rnd: Round, model: int, cache: KVCache) -> KVCache:
-    """Evaluate committed tokens as long as a wide pass does for four chunks, the last of which
-    may not be full: a slot for each of its rows is there without any further one.
-
-    A row of a wide pass costs less. Those of a batch are wide enough.
-    """
-    chunk, goal = rnd.capacities.chunk, _in_reach(rnd, model)
-    enough = (WIDE - 1) * chunk
-    if rnd.length.shape[0] > 1 or rnd.capacities.text <= enough + 1:
+    """Evaluate committed tokens in wide passes as long as all of their chunks are needed, the last
+    of which may not be full: a slot for each row is there without any further one."""
+    chunk, wide = rnd.capacities.chunk, rnd.capacities.prefill_rows(rnd.length.shape[0])
+    if wide == chunk:
         return cache
+    goal = _in_reach(rnd, model)
 
     def step(cache):
-        return _extend(rnd, model, cache, WIDE * chunk, goal)
+        return _extend(rnd, model, cache, wide, goal)
 
     def more(cache):
-        return jnp.any(rnd.active & (goal - cache.length > enough))
+        return jnp.any(rnd.active & (goal - cache.length > wide - chunk))
 
     return lax.while_loop(more, step, cache)
 

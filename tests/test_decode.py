@@ -10,11 +10,10 @@ import reference
 import toys
 
 from ssd_jax import decode as engine
-from ssd_jax import plan as plan_module
 from ssd_jax.batch import first_state
 from ssd_jax.checkpoint import save_model
 from ssd_jax.compiled import cache_sized_copies, described, gpu_device
-from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
+from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy, prefill_passes
 from ssd_jax.sampling import Sampling
 
 TEXT = 64
@@ -177,9 +176,8 @@ def test_a_prompt_of_any_length_is_in_the_caches_before_the_first_round(cached):
     stack = toys.stack("between", drafts=1)
     plan = plan_for(1, chunk=4)
     capacities = Capacities.of(plan, TEXT)
-    assert capacities.scratch(1) < plan_module.WIDE * plan.chunk  # no room is made for wide passes
+    assert capacities.scratch(1) < capacities.prefill_rows(1) == 16  # wide passes get no room
     fill = jax.jit(engine.prefill, static_argnames="capacities")
-    # All its tables, so that no two of the prompts' tokens are alike.
     text = np.random.default_rng(3).integers(0, toys.VOCAB, TEXT).tolist()
 
     def filled(length, caches):
@@ -195,7 +193,7 @@ def test_a_prompt_of_any_length_is_in_the_caches_before_the_first_round(cached):
         assert oracle.length.tolist() == [length - 1]
         # A draft is given its wide passes, and the rest when it first drafts.
         begun = int(earlier[1].length[0]) if earlier else 0
-        wide, single = plan_module.prefill_passes(length - 1 - begun, plan.chunk)
+        wide, single = prefill_passes(length - 1 - begun, plan.chunk)
         assert int(draft.length[0]) == min(begun + wide * 16, length - 1)
         assert length - 1 - int(draft.length[0]) <= single * plan.chunk < 16
         assert_fresh((stack.oracle, *stack.drafts), state)

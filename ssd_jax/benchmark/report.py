@@ -30,7 +30,7 @@ from ssd_jax.pages.wording import (
     sampling_label,
     times,
 )
-from ssd_jax.plan import MODES
+from ssd_jax.plan import MODES, WIDE
 
 NAME = "report.html"
 
@@ -86,6 +86,7 @@ def render(document: dict) -> str:
         mode_words=_mode_words(summary, document.get("peers") or {}),
         plans={mode: cell(plan) for mode, plan in (conditions.get("plans") or {}).items()},
         costs=document.get("costs") or {},
+        wide=WIDE,
         overheads=[
             f"{percent(share)} ({sampling_label(sampling)})"
             for sampling, modes in summary.items()
