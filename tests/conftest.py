@@ -16,6 +16,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jax").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
+# Two test files at a time leave torch's threads one core; more of them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import jax  # noqa: E402
 
 # Mixing bfloat16 and float32 by accident is an error. Rank promotion stays allowed: adding a

@@ -47,21 +47,27 @@ def stack():
     return ssd_jax.load(TRIO)
 
 
+def one_by_one(stack, prompts, tokens: int, sampling=SAMPLINGS["greedy"], **how) -> list:
+    """Each prompt alone, with its index as the seed, and one program for them all."""
+    config = ssd_jax.GenerationConfig(max_new_tokens=tokens, **sampling)
+    configs = [dataclasses.replace(config, seed=index) for index in range(len(prompts))]
+    return ssd_jax.generate(stack, prompts, configs, batch_size=1, **how)
+
+
 def assert_lossless(stack, prompts, tokens: int, samplings=SAMPLINGS, plans=PLANS) -> dict:
     """Every plan writes the baseline's tokens; returns the texts, by sampling."""
-    texts: dict[str, set] = {name: set() for name in samplings}
+    texts: dict[str, set] = {}
     for name, sampling in samplings.items():
-        for index, prompt in enumerate(prompts):
-            options = dict(max_new_tokens=tokens, seed=index, **sampling)
-            expected = ssd_jax.generate(stack, prompt, mode="baseline", **options)
-            assert expected.tokens
-            texts[name].add(expected.text)
-            for plan_name, plan in plans.items():
-                got = ssd_jax.generate(stack, prompt, plan=plan, **options)
-                assert got.tokens == expected.tokens, (
+        expected = one_by_one(stack, prompts, tokens, sampling, mode="baseline")
+        assert all(plain.tokens for plain in expected)
+        texts[name] = {plain.text for plain in expected}
+        for plan_name, plan in plans.items():
+            found = one_by_one(stack, prompts, tokens, sampling, plan=plan)
+            for index, (got, plain) in enumerate(zip(found, expected, strict=True)):
+                assert got.tokens == plain.tokens, (
                     f"{name}, {plan_name}, prompt {index}: first difference at "
-                    f"{_first_difference(got.tokens, expected.tokens)}; smallest margin of the "
-                    f"text {expected.stats.min_margin:.2e} (near-tie below {NEAR_TIE})"
+                    f"{_first_difference(got.tokens, plain.tokens)}; smallest margin of the "
+                    f"text {plain.stats.min_margin:.2e} (near-tie below {NEAR_TIE})"
                 )
     return texts
 
@@ -81,7 +87,7 @@ def test_the_tiny_trio_is_lossless_and_really_tiny():
     few = {name: SAMPLINGS[name] for name in ("greedy", "top_k")}
     assert_lossless(tiny, heldout(6), 40, few, {"default": None})
     plan = ssd_jax.Plan.staged().unpaced()
-    staged = [ssd_jax.generate(tiny, p, max_new_tokens=40, plan=plan).stats for p in heldout(6)]
+    staged = [result.stats for result in one_by_one(tiny, heldout(6), 40, plan=plan)]
     assert sum(s.new_tokens for s in staged) > 2 * sum(s.passes["oracle"] for s in staged)
 
 
@@ -111,9 +117,7 @@ def test_drafts_are_small_and_of_the_same_family(stack):
 def test_staged_commits_four_tokens_a_pass_and_a_chain_two_and_a_half(stack):
     rates = {}
     for mode in ("speculative", "staged"):
-        results = [
-            ssd_jax.generate(stack, prompt, max_new_tokens=96, mode=mode) for prompt in heldout(8)
-        ]
+        results = one_by_one(stack, heldout(8), 96, mode=mode)
         tokens = sum(r.stats.new_tokens for r in results)
         rates[mode] = tokens / sum(r.stats.passes["oracle"] for r in results)
     assert rates["staged"] >= 4.0
@@ -128,8 +132,7 @@ def test_baseline_writes_what_transformers_writes(optimized, stack):
     reference = GPT2LMHeadModel.from_pretrained(TRIO / "oracle", dtype=torch.float32).eval()
     prompts = (heldout(10) + humaneval(10))[:20]
     assert len(prompts) >= 10
-    for prompt in prompts:
-        ours = ssd_jax.generate(stack, prompt, max_new_tokens=96, mode="baseline")
+    for prompt, ours in zip(prompts, one_by_one(stack, prompts, 96, mode="baseline"), strict=True):
         ids = torch.tensor([stack.tokenizer.encode(prompt)])
         room = stack.oracle.config.n_positions - ids.shape[1]
         with torch.no_grad():
