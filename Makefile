@@ -7,7 +7,7 @@
 # Each target installs what it needs into .venv once. Variables:
 #   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
 #   EXTRAS=all          install everything, as continuous integration does
-#   JOBS=4              test files run side by side; each takes a core and up to 6 GB
+#   JOBS=4              test files run side by side; each takes a core and up to 8 GB
 #   ARGS='-k tree'      further arguments of pytest, or of decode.py in `make demo`
 
 PYTHON ?= python3
