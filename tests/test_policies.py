@@ -172,11 +172,11 @@ def test_shapes_at_the_edge_write_the_oracles_text(edge):
     plan, made = dataclasses.replace(NARROW, **changes), toys.stack(ngram=False, **fields)
     vocab, context = made.vocab_size, made.oracle.config.n_positions
     prompts = [[1 % vocab, 0], [0]] if context > 1 else [[0], [0]]
-    # A greedy row and one that samples.
-    sampling = Sampling.create(2, temperature=[0.0, 0.8], top_p=[None, 0.9], seed=[3, 4])
-    state, expected = run(made, prompts, 12, sampling, Plan.baseline())
-    ends = [min(len(p) + 12, context) for p in prompts]
-    margins = [float(jnp.min(state.trace.margin[i, :end])) for i, end in enumerate(ends)]
-    _, found = run(made, prompts, 12, sampling, plan)
-    assert found == expected, margins
-    assert [len(p) + len(t) for p, t in zip(prompts, found, strict=True)] == ends
+    for name in ("greedy", "top_p"):
+        sampling = Sampling.create(2, **SAMPLINGS[name], seed=[3, 4])
+        state, expected = run(made, prompts, 12, sampling, Plan.baseline())
+        ends = [min(len(p) + 12, context) for p in prompts]
+        margins = [float(jnp.min(state.trace.margin[i, :end])) for i, end in enumerate(ends)]
+        _, found = run(made, prompts, 12, sampling, plan)
+        assert found == expected, margins
+        assert [len(p) + len(t) for p, t in zip(prompts, found, strict=True)] == ends
