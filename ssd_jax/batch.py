@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -353,7 +354,8 @@ def _power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-_programs: dict[Any, Any] = {}
+_programs: dict[Any, Callable] = {}  # the least recently used first
+_programs_lock = threading.Lock()
 
 
 def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, float, bool]:
@@ -365,15 +367,31 @@ def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, flo
     """
     leaves, structure = jax.tree.flatten((arguments, yield_at))
     key = (capacities, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves))
-    if key in _programs:
-        return _programs[key], 0.0, False
+    with _programs_lock:
+        if (program := _programs.pop(key, None)) is not None:
+            _programs[key] = program
+            return program, 0.0, False
+        _make_room()
     started = time.perf_counter()
     _LOG.info("compiling")
     lowered = engine.decode.lower(*arguments, yield_at, capacities=capacities)
     with program_cache.keeping() as origin:
-        _programs[key] = lowered.compile()
+        program = lowered.compile()
+    with _programs_lock:
+        _programs[key] = program
     _LOG.info("decoding")
-    return _programs[key], time.perf_counter() - started, origin.kept
+    return program, time.perf_counter() - started, origin.kept
+
+
+def _make_room() -> None:
+    """Drop programs while the process has half of the memory mappings that it may have.
+
+    A CPU's program takes more than a thousand, an oracle of many layers several; one too many,
+    and XLA takes the process down.
+    """
+    while _programs and memory.mappings() > 0.5:
+        del _programs[next(iter(_programs))]
+        engine.decode.clear_cache()  # JAX's own reference to it, those of the others too
 
 
 def _stats(

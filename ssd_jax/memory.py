@@ -103,6 +103,17 @@ def _available_on_host() -> int:
     return min(found)
 
 
+def mappings() -> float:
+    """Of the memory mappings that this process may have, the share that it has; 0 where there is
+    no such limit."""
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as lines:
+            return sum(1 for _ in lines) / limit
+    except (OSError, ValueError):
+        return 0.0
+
+
 def check(needed: int, what: str, remedy: str = REMEDY) -> None:
     """Refuse what cannot fit.
 

@@ -20,7 +20,7 @@ from ssd_jax.kv_cache import KVCache, keep
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.processors import History, process
-from ssd_jax.sampling import SLACK, Noise, Sampling, best_few, perturb, scores, take
+from ssd_jax.sampling import Noise, Sampling, best_few, perturb, scores, take
 from ssd_jax.spans import within
 from ssd_jax.tree import TokenTree, at
 
@@ -304,7 +304,7 @@ def _draft_pass(
     row, hit = trees.rows_of_best(*wanted)
     logits, slot, cache = evaluate(rnd, stage, tree, cache, nodes, row, hit)
     logits = processed(rnd, tree, nodes, logits)
-    scored = scores(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw, SLACK)
+    scored = scores(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw, rough=True)
     tau = rnd.tau(stage)[:, None, None]
     best, token = best_few(scored, min(branch, scored.shape[-1]))
     highest = best[:, :, :1]

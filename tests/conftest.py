@@ -20,10 +20,22 @@ if importlib.metadata.version("jax").startswith("0.10."):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from ssd_jax import batch, memory  # noqa: E402
 
 # Mixing bfloat16 and float32 by accident is an error. Rank promotion stays allowed: adding a
 # bias [E] to [B, T, E] is the idiom of every linear layer.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Thousands of programs in one process are more memory mappings than it may have."""
+    yield
+    if memory.mappings() > 0.25:
+        batch._programs.clear()
+        jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -13,8 +13,8 @@ import pytest
 from toys import stack
 
 import ssd_jax
-from ssd_jax import program_cache
-from ssd_jax.batch import _programs
+from ssd_jax import memory, program_cache
+from ssd_jax.batch import _make_room, _programs
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -162,3 +162,31 @@ def test_the_oldest_programs_make_room(folder, monkeypatch):
 def test_other_warnings_come_through(folder):
     with pytest.warns(UserWarning, match="of the user's"), program_cache.keeping():
         warnings.warn("of the user's", stacklevel=1)
+
+
+def test_programs_make_room_for_others_before_the_process_runs_out_of_mappings(folder, monkeypatch):
+    tiny, run = stack(), dict(mode="baseline")
+    _programs.clear()
+    monkeypatch.setattr(memory, "mappings", lambda: float(len(_programs)))
+    long = ssd_jax.generate(tiny, [1, 2], max_new_tokens=100, **run)
+    short = ssd_jax.generate(tiny, [1, 2], max_new_tokens=4, **run)
+    assert len(_programs) == 1 and short.stats.compile_seconds > 0
+    assert ssd_jax.generate(tiny, [1, 2], max_new_tokens=4, **run).stats.compile_seconds == 0
+    again = ssd_jax.generate(tiny, [1, 2], max_new_tokens=100, **run)
+    assert len(_programs) == 1 and again.stats.compile_seconds > 0
+    assert again.tokens == long.tokens
+
+
+def test_the_program_used_last_is_kept_and_a_dropped_one_gives_its_mappings_back(monkeypatch):
+    tiny, used = stack(), memory.mappings
+    if not used():
+        pytest.skip("no limit on mappings here")
+    _programs.clear()
+    for tokens in (4, 100, 4):
+        ssd_jax.generate(tiny, [1, 2], max_new_tokens=tokens, mode="baseline")
+    _, latest = _programs
+    monkeypatch.setattr(memory, "mappings", lambda: float(len(_programs) - 1))
+    before = used()
+    _make_room()
+    assert list(_programs) == [latest]
+    assert used() < before

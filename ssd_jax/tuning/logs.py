@@ -18,7 +18,7 @@ from ssd_jax.batch import first_state
 from ssd_jax.errors import PlanError
 from ssd_jax.ngram import NGramTables
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
-from ssd_jax.sampling import SLACK, Sampling, best_few, gumbel_noise, scores
+from ssd_jax.sampling import Sampling, best_few, gumbel_noise, scores
 from ssd_jax.stack import Stack
 
 LISTED = 16  # continuations kept of each distribution
@@ -192,7 +192,7 @@ def _below(models, tables, sampling, policy, state, length, capacities):
     for model, cache in enumerate(caches, 1):
         logits, *_ = stages.evaluate(rnd, model, tree, cache, nodes, rows, hit)
         logits = stages.processed(rnd, tree, nodes, logits)
-        scored = scores(logits, rnd.noise, entry, sampling.draw, SLACK)
+        scored = scores(logits, rnd.noise, entry, sampling.draw, rough=True)
         log_prob = jax.nn.log_softmax(scored / rnd.tau(model)[:, None, None], axis=-1)
         best, token = best_few(log_prob, min(LISTED, log_prob.shape[-1]))
         listed_tokens.append(token[0])
