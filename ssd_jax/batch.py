@@ -389,9 +389,10 @@ def _make_room() -> None:
     A CPU's program takes more than a thousand, an oracle of many layers several; one too many,
     and XLA takes the process down.
     """
+    decode: Any = engine.decode
     while _programs and memory.mappings() > 0.5:
         del _programs[next(iter(_programs))]
-        engine.decode.clear_cache()  # JAX's own reference to it, those of the others too
+        decode.clear_cache()  # JAX's own reference to it, those of the others too
 
 
 def _stats(

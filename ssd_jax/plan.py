@@ -65,6 +65,8 @@ class DraftPlan:
         below the root), 0 to 1.
       tau_greedy, tau_sampled: scores are divided by this before the softmax that values nodes;
         below 1 the draft counts as surer of itself than its probabilities say.
+      prior_greedy, prior_sampled: weight, 0 to 1, of what the stage below said of a child beside
+        what this draft says of it: the child's probability is the mean of both.
       cost: of one pass, in units of an oracle pass over one token. Drafting rests while it
         earns less than plain decoding; at 0 it is thought to be free.
     """
@@ -75,6 +77,8 @@ class DraftPlan:
     threshold: float = 0.15
     tau_greedy: float = 0.5
     tau_sampled: float = 0.7
+    prior_greedy: float = 0.15
+    prior_sampled: float = 0.0
     cost: float = 0.1
 
     def __post_init__(self):
@@ -83,6 +87,8 @@ class DraftPlan:
         _check(self, "width", 1, 128)
         _check(self, "branch", 1, 64)
         _check(self, "threshold", 0.0, 1.0, whole=False)
+        _check(self, "prior_greedy", 0.0, 1.0, whole=False)
+        _check(self, "prior_sampled", 0.0, 1.0, whole=False)
         _check(self, "tau_greedy", 1e-3, 1e3, whole=False)
         _check(self, "tau_sampled", 1e-3, 1e3, whole=False)
 
@@ -411,6 +417,7 @@ class Policy:
       width: ``[M]`` int32, of the oracle and each draft.
       rounds, branch: ``[M - 1]`` int32, of each draft.
       threshold: ``[M - 1]`` float32, natural log.
+      prior: ``[M - 1, 2]`` float32, (greedy, sampled) of each draft.
       tau: ``[M, 2]`` float32, (greedy, sampled) of each draft and, last, the n-gram stage.
       levels, ngram_width, ngram_branch: int32, of the n-gram stage.
       match_log_prob: ``[match]`` float32, by matched length from 1.
@@ -424,6 +431,7 @@ class Policy:
     rounds: jax.Array
     branch: jax.Array
     threshold: jax.Array
+    prior: jax.Array
     tau: jax.Array
     levels: jax.Array
     ngram_width: jax.Array
@@ -459,6 +467,7 @@ class Policy:
             rounds=ints([d.rounds for d in drafts]),
             branch=ints([d.branch for d in drafts]),
             threshold=logs([d.threshold for d in drafts]),
+            prior=floats([(d.prior_greedy, d.prior_sampled) for d in drafts]),
             tau=floats([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)]),
             levels=ints(ngram.levels),
             ngram_width=ints(ngram.width),

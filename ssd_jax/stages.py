@@ -82,11 +82,18 @@ class Round:
 
     def tau(self, stage: int) -> jax.Array:
         """``[B]`` float32 calibration of a proposing stage."""
-        greedy, sampled = self.policy.tau[stage - 1, 0], self.policy.tau[stage - 1, 1]
+        return self._by_row(self.policy.tau[stage - 1])
+
+    def prior(self, stage: int) -> jax.Array:
+        """``[B]`` float32 weight of what the stage below a draft said."""
+        return self._by_row(self.policy.prior[stage - 1])
+
+    def _by_row(self, both: jax.Array) -> jax.Array:
+        """``[B]``: the one of two values, for greedy rows and for those that sample."""
         draw = self.sampling.draw
         if draw is None:
-            return jnp.broadcast_to(greedy, self.length.shape)
-        return jnp.where(draw.sampled, sampled, greedy)
+            return jnp.broadcast_to(both[0], self.length.shape)
+        return jnp.where(draw.sampled, both[1], both[0])
 
 
 def forward(rnd: Round, model: int, *args, **kwargs) -> tuple[jax.Array, KVCache]:
@@ -313,7 +320,7 @@ def _draft_pass(
     # Nodes that a better stage has expanded were evaluated for their keys and values only.
     ours = found & (at(tree.expanded, nodes) > stage)
     hit &= tree.expanded > stage
-    tree = _revalue(tree, row, hit, scored, tau, total)
+    tree = _revalue(tree, row, hit, scored, tau, total, rnd.prior(stage)[:, None])
     best = best / tau - total[:, :, None]
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     log_prob = jnp.where(allowed, best, -jnp.inf)
@@ -322,18 +329,20 @@ def _draft_pass(
     return trees.mark_expanded(tree, hit, stage), cache
 
 
-def _revalue(tree: TokenTree, row, hit, scored, tau, total) -> TokenTree:
-    """Give the existing children of the nodes in ``hit`` ``[B, N]``, whose rows are ``row``, the
-    softmax of ``scored`` ``[B, W, V]`` over ``tau``, of which ``total`` ``[B, W]`` is the
-    ``logsumexp``."""
+def _revalue(tree: TokenTree, row, hit, scored, tau, total, prior) -> TokenTree:
+    """Value the existing children of the nodes in ``hit`` ``[B, N]``, whose rows are ``row``, by
+    the softmax of ``scored`` ``[B, W, V]`` over ``tau``, of which ``total`` ``[B, W]`` is the
+    ``logsumexp``, interpolated with what the stage below said (Jelinek and Mercer 1980), whose
+    weight is ``prior`` ``[B, 1]``: a small draft copies less well than a look-up in the text."""
     batch, _, vocab = scored.shape
     row = at(row, tree.parent)
     fresh = take(scored.reshape(batch, -1), row * vocab + tree.token, axis=1)
     fresh = fresh / tau[:, 0] - at(total, row)
-    mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
+    mean = jnp.logaddexp(jnp.log1p(-prior) + fresh, jnp.log(prior) + tree.log_prob)
     # A child that this stage rules out altogether stays, at a floor: a slot is never vacated.
-    fresh = jnp.maximum(fresh, -1e4)
-    return trees.revalue(tree, jnp.where(mine, fresh, tree.log_prob))
+    mean = jnp.where(fresh > -jnp.inf, jnp.maximum(mean, -1e4), -1e4)
+    mine = tree.valid & (tree.depth > 0) & at(hit, tree.parent)
+    return trees.revalue(tree, jnp.where(mine, mean, tree.log_prob))
 
 
 def _children(

@@ -44,6 +44,8 @@ def draft_plans(most: DraftPlan):
         threshold=PROBABILITIES,
         tau_greedy=TAUS,
         tau_sampled=TAUS,
+        prior_greedy=st.floats(0.0, 1.0),
+        prior_sampled=st.floats(0.0, 1.0),
         cost=st.floats(0.0, 2.0),
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from toys import stack
 
 import ssd_jax
@@ -32,11 +33,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def setting():
-    """Changes JAX's settings for one test."""
+    """Changes JAX's settings for one test. JAX reads them once, at its first look-up."""
     saved = {name: getattr(jax.config, name) for name in SETTINGS}
+    compilation_cache.reset_cache()
     yield jax.config.update
     for name, value in saved.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

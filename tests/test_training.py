@@ -830,7 +830,7 @@ def test_a_batch_taken_in_parts_gives_the_step_of_the_whole(parts):
 
 def test_several_devices_share_a_batch_and_change_nothing(run, tmp_path):
     other = _copy_text(run, tmp_path / "work")
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     more = ("train_oracle.steps=8", "train_oracle.long_steps=2")
     done = _subprocess(
         "import sys; from ssd_jax.training import command; sys.exit(command.main(sys.argv[1:]))",

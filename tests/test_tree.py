@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssd_jax import stages
 from ssd_jax import tree as trees
 
 INF = np.inf
@@ -55,6 +56,20 @@ def test_drawn_tree_and_its_mask():
         [0, 0, 0, 0, 0, 0, 0, 0],
     ]
     np.testing.assert_allclose(np.exp(tree.value[0]), [1, 1, 1, 0.6, 0.3, 0.3, 0, 0], rtol=1e-6)
+
+
+def test_a_draft_leaves_what_the_stage_below_said_its_weight():
+    tree, scored = drawn_tree(), np.full((1, 1, 30), -np.inf, np.float32)
+    scored[0, 0, 20], scored[0, 0, 25] = np.log([0.1, 0.9])  # 21 is ruled out
+    total = np.zeros((1, 1), np.float32)
+    root = np.arange(8)[None] == 2
+    row = np.zeros((1, 8), np.int32)
+    for prior in (0.0, 0.25, 1.0):
+        weight = np.full((1, 1), prior, np.float32)
+        values = stages._revalue(tree, row, root, scored, np.ones((1, 1, 1)), total, weight).value
+        on = (1 - prior) * 0.1 + prior * 0.6
+        np.testing.assert_allclose(np.exp(values[0, 3:6]), [on, 0.0, on * 0.5], rtol=1e-5)
+        assert np.isfinite(values[0, :6]).all()
 
 
 def test_equal_values_prefer_the_lower_index():

@@ -24,6 +24,7 @@ from ssd_jax.tree import UNEXPANDED
 from ssd_jax.tuning.logs import Context, TextLog
 
 _RULED_OUT = -1e4  # as in the engine: a child stays in the tree, at this floor
+_UNLISTED = -1e4  # what a draft says of a token that is not among its best
 _NOWHERE = -math.inf
 
 
@@ -225,7 +226,8 @@ class _Growth:
         ]
 
     def _draft_pass(self, draft: int, nodes: list[int]) -> None:
-        stage = draft + 1
+        stage, own = draft + 1, self.plan.drafts[draft]
+        prior = own.prior_sampled if self.log.temperature else own.prior_greedy
         self.passes[draft] += 1
         self.evaluated[draft].update(nodes)
         ours = [node for node in nodes if self.expanded[node] > stage]
@@ -235,12 +237,13 @@ class _Growth:
         self.answered += len(known)
         for node, answer in known:
             for token, child in self.children[node].items():
-                self.log_prob[child] = max(answer.get(token, _RULED_OUT), _RULED_OUT)
+                said = answer.get(token, _UNLISTED)
+                mean = _interpolated(said, self.log_prob[child], prior)
+                self.log_prob[child] = max(mean if said > _NOWHERE else _RULED_OUT, _RULED_OUT)
         for node in range(1, len(self.token)):
             self.value[node] = self.value[self.parent[node]] + self.log_prob[node]
-        branch = self.plan.drafts[draft].branch
         for node, answer in known:
-            for token, log_prob in list(answer.items())[:branch]:
+            for token, log_prob in list(answer.items())[: own.branch]:
                 self._insert(node, token, log_prob)
         for node in ours:
             self.expanded[node] = stage
@@ -382,6 +385,12 @@ class _NGram:
         top = max(scores)
         total = top + math.log(sum(math.exp(score - top) for score in scores))
         return [(t, score - total) for t, score in zip(tokens, scores, strict=False)]
+
+
+def _interpolated(said: float, before: float, prior: float) -> float:
+    """The log of the mean of two probabilities, of which the second weighs ``prior``."""
+    weighed = ((1 - prior, said), (prior, before))
+    return float(np.logaddexp.reduce([math.log(w) + log_prob for w, log_prob in weighed if w]))
 
 
 _rows_of = jax.jit(NGramTables.look_up)
