@@ -77,7 +77,7 @@ class DraftPlan:
     threshold: float = 0.15
     tau_greedy: float = 0.5
     tau_sampled: float = 0.7
-    prior_greedy: float = 0.15
+    prior_greedy: float = 0.2
     prior_sampled: float = 0.0
     cost: float = 0.1
 
