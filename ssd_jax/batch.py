@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -390,9 +391,12 @@ def _make_room() -> None:
     and XLA takes the process down.
     """
     decode: Any = engine.decode
-    while _programs and memory.mappings() > 0.5:
+    before, used = math.inf, memory.mappings()
+    # Where dropping does not help, the mappings are not programs'.
+    while _programs and 0.5 < used < before:
         del _programs[next(iter(_programs))]
         decode.clear_cache()  # JAX's own reference to it, those of the others too
+        before, used = used, memory.mappings()
 
 
 def _stats(

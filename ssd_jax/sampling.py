@@ -308,12 +308,10 @@ def warp(logits: jax.Array, draw: Draw, rough: bool = False) -> jax.Array:
     """
     scaled = draw.scale(logits)
     best = jnp.max(scaled, axis=-1)
-    if draw.top_p is None:
-        least = (
-            _rough_count_threshold(scaled, draw.top_k)
-            if rough
-            else _count_threshold(scaled, best, draw.top_k)
-        )
+    if draw.top_p is None and rough:
+        least = _rough_count_threshold(scaled, draw.top_k)
+    elif draw.top_p is None:
+        least = _count_threshold(scaled, best, draw.top_k)
     else:
         weight, slack = _weights(scaled, best), _SLACK if rough else 0.0
         least = _threshold(scaled, weight, best, draw.top_k, draw.top_p, slack)

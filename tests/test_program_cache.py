@@ -193,3 +193,13 @@ def test_the_program_used_last_is_kept_and_a_dropped_one_gives_its_mappings_back
     _make_room()
     assert list(_programs) == [latest]
     assert used() < before
+
+
+def test_programs_stay_where_the_mappings_are_not_theirs(monkeypatch):
+    tiny = stack()
+    _programs.clear()
+    for tokens in (4, 100):
+        ssd_jax.generate(tiny, [1, 2], max_new_tokens=tokens, mode="baseline")
+    monkeypatch.setattr(memory, "mappings", lambda: 0.9)
+    _make_room()
+    assert len(_programs) == 1
