@@ -114,6 +114,8 @@ def run(tmp_path_factory):
         ("tokenizer.vocab_size=256", "vocab_size"),
         ("tokenizer.vocab_size=65537", "vocab_size"),
         ("train_draft.data_weight=1.5", "data_weight"),
+        ("train_draft.coupling=-0.5", "coupling"),
+        ("sample.top_k=-1", "top_k"),
         ("train_oracle.dtype=float16", "dtype"),
         ("sample.temperature=-1.0", "temperature"),
         ('ngram.corpus=["web"]', "corpus"),
@@ -385,6 +387,48 @@ def test_divergence_equals_its_definition():
     probabilities = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (p, q)]
     kl = (probabilities[0] * np.log(probabilities[0] / probabilities[1])).sum(-1).mean()
     assert float(loop.kl_divergence(jnp.array(p), jnp.array(q))) == pytest.approx(kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("drawn_from", [3, 9])
+def test_the_same_draw_is_as_likely_as_draws_say(monkeypatch, drawn_from):
+    monkeypatch.setattr(loop, "DRAWN_FROM", drawn_from)
+    random, draws = np.random.default_rng(0), 20_000
+    p, q = random.normal(size=(2, 1, 4, 6)).astype(np.float32) * 2
+    q[0, 0] = p[0, 0]
+    q[0, 1, p[0, 1].argmax()] = -1000.0  # what the oracle most likely draws is ruled out
+    p_cut = np.where(p >= np.sort(p)[..., [-min(drawn_from, 6)]], p, -np.inf)
+    noise = random.gumbel(size=(draws, 1, 1, 6))
+    same = ((p_cut + noise).argmax(-1) == (q + noise).argmax(-1)).mean()
+    found, gradient = jax.value_and_grad(loop.same_draw, argnums=1)(jnp.array(p), jnp.array(q))
+    assert float(found) == pytest.approx(same, abs=4 * np.sqrt(0.25 / draws / 4))
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    assert float(loop.same_draw(jnp.array(p), jnp.array(p_cut))) == pytest.approx(1)
+
+
+def test_a_student_that_is_too_small_draws_the_same_more_often_than_by_divergence():
+    """One distribution for three, two of them alike: the mean by divergence, best to follow two."""
+    wanted = 6 * jax.nn.one_hot(jnp.array([[2, 2, 4]]), 5)
+    student = jnp.log(jax.nn.softmax(wanted).mean(1, keepdims=True))
+
+    @jax.jit
+    def ascend(student):
+        return student + jax.grad(lambda s: loop.same_draw(wanted, s + 0 * wanted))(student)
+
+    by_divergence = float(loop.same_draw(wanted, student + 0 * wanted))
+    for _ in range(100):
+        student = ascend(student)
+    assert float(loop.same_draw(wanted, student + 0 * wanted)) > by_divergence + 0.05
+
+
+def test_a_coupled_loss_is_made_of_what_its_parts_say():
+    teacher = _toy(40)
+    trainer, batch = _trainer(teacher, data_weight=0.2, coupling=0.25)
+    p, q = (m(batch.tokens[:, :-1])[0] for m in (teacher, trainer.model(trainer.initial())))
+    nats = _nats(trainer.model(trainer.initial()), batch).mean()
+    kl, same = float(loop.kl_divergence(p, q)), float(loop.same_draw(p, q))
+    _, metrics = trainer.step(trainer.initial(), batch)
+    expected = 0.2 * nats + 0.8 * (0.75 * kl + 0.25 * (1 - same))
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -804,12 +848,13 @@ def test_the_trio_decodes_alike_and_accepts_more_than_an_untrained_one(run, tmp_
 # --- Parts of a batch, and devices -------------------------------------------------------
 
 
-def _trainer(**changes) -> tuple[loop.Trainer, tokens.Batch]:
+def _trainer(teacher: GPT2 | None = None, **changes) -> tuple[loop.Trainer, tokens.Batch]:
     shape = ModelConfig(n_embd=8, n_layer=2, n_head=2, n_positions=16).gpt2(40, END_OF_TEXT_ID)
     settings = TrainConfig(
         steps=4, batch=8, context=12, learning_rate=0.1, warmup=0, dtype="float32"
     )
-    trainer = loop.Trainer(shape, dataclasses.replace(settings, **changes), teacher=None, seed=0)
+    settings = dataclasses.replace(settings, **changes)
+    trainer = loop.Trainer(shape, settings, teacher=teacher, seed=0)
     random = np.random.default_rng(0)
     rows = random.integers(0, 40, (8, 13)).astype(np.int32)
     return trainer, tokens.Batch.plain(rows, np.tile(np.arange(12), (8, 1)))
@@ -861,7 +906,7 @@ def test_cold_sampling_equals_argmax_without_a_cache():
     prompts = np.full((2, 1), END_OF_TEXT_ID)
     drawn, likeliest = (
         sample.sample_tokens(model, jax.random.key(0), prompts, np.ones(2), length=9, temperature=t)
-        for t in (1e-6, 0)
+        for t in (1e-4, 0)
     )
     text = [END_OF_TEXT_ID]
     forward = jax.jit(lambda model, ids: model(ids)[0])
@@ -893,6 +938,13 @@ def test_samples_follow_the_tempered_distribution():
         assert here.mean() == pytest.approx(first, abs=4 * np.sqrt(0.25 / rows))
         found = np.bincount(np.asarray(drawn)[here, 1], minlength=5) / max(here.sum(), 1)
         assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / max(here.sum(), 1))
+    few = sample.sample_tokens(
+        model, jax.random.key(2), prompts, np.ones(rows), length=1, temperature=1.5, top_k=2
+    )
+    first = probabilities[0, 0]
+    kept = np.where(first >= np.sort(first)[-2], first, 0) / np.sort(first)[-2:].sum()
+    found = np.bincount(np.asarray(few)[:, 0], minlength=5) / rows
+    assert np.abs(found - kept).max() < 4 * np.sqrt(0.25 / rows) and (found[kept == 0] == 0).all()
 
 
 def test_prompts_are_the_beginnings_of_functions(run, tmp_path):

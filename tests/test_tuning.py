@@ -206,7 +206,10 @@ def plan_size(plan: Plan) -> float:
     return 1 + abs(plan.width - 8) + abs(passes - 1) + 2 * (plan.ngram is not None)
 
 
-@pytest.mark.parametrize("space", [Space(2, True, 24), Space(1, False), Space(0, False, 6)])
+SPACES = [Space(2, True, False, 24), Space(1, False, True), Space(0, False, False, 6)]
+
+
+@pytest.mark.parametrize("space", SPACES)
 def test_the_search_stays_within_what_the_stack_can(space):
     steps = itertools.islice(search(space, plan_size, seconds=600.0), 600)
     *_, (_, ranking) = steps
@@ -218,6 +221,11 @@ def test_the_search_stays_within_what_the_stack_can(space):
     best = ranking[0][1]
     if space.drafts:
         assert (best.width, best.ngram, [d.rounds for d in best.drafts]) == (8, None, [1])
+    # What does not bear on these texts stays as it is.
+    for kind, sampled in (("greedy", False), ("sampled", True)):
+        values = {getattr(d, f"prior_{kind}") for _, plan in ranking for d in plan.drafts}
+        assert (len(values) > 1) == (space.drafts > 0 and space.sampled == sampled)
+
 
 
 SMALL = Plan(width=3, ngram=NGramPlan(levels=1, branch=0), depth=2, nodes=4)

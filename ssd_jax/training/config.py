@@ -154,6 +154,8 @@ class TrainConfig:
       checkpoint_every: steps between saved states.
       data_weight: for a draft, the weight of cross-entropy to the data; the rest goes to the
         Kullback-Leibler divergence from the oracle. 1 trains without an oracle.
+      coupling: for a draft, the part of that rest which goes to the probability of drawing another
+        token than the oracle with the same noise (:func:`~ssd_jax.training.loop.same_draw`).
       generated: the share of sequences taken from text the oracle wrote (section ``generated``
         for a draft, ``own`` for the oracle itself) rather than from the data. A draft learns what
         the oracle's distribution is there; the oracle, which must have an ``init``, unlearns the
@@ -184,6 +186,7 @@ class TrainConfig:
     evaluate_every: int = 250
     evaluate_batches: int = 8
     data_weight: float = 1.0
+    coupling: float = 0.0
     generated: float = 0.0
     loops: float = 0.0
     accumulate: int = 1
@@ -213,6 +216,7 @@ class SampleConfig:
     Attributes:
       model: ``"draft"``, as in the paper, or ``"oracle"``.
       temperature: 0 for the likeliest tokens, which need a ``prompt`` to differ from row to row.
+      top_k: draw from so many of the likeliest tokens; 0 for the whole vocabulary.
       greedy: the share of the shards that are drawn at temperature 0 whatever ``temperature``.
       prompt: each row goes on from so many tokens of the training text; 0 to begin new texts.
       functions: go on from the signatures and docstrings of the training text's functions, those
@@ -221,6 +225,7 @@ class SampleConfig:
 
     model: str = "draft"
     temperature: float = 1.5
+    top_k: int = 0
     greedy: float = 0.0
     prompt: int = 0
     functions: bool = False
@@ -348,8 +353,9 @@ class Config:
             raise ConfigError(f"{name}.model must be draft or oracle, not {settings.model!r}")
         if min(settings.shards, settings.batch, settings.length) < 1:
             raise ConfigError(f"{name}.shards, batch and length must be at least 1")
-        if settings.temperature < 0 or settings.prompt < 0:
-            raise ConfigError(f"{name}.temperature and {name}.prompt must not be negative")
+        for field in ("temperature", "top_k", "prompt"):
+            if getattr(settings, field) < 0:
+                raise ConfigError(f"{name}.{field} must not be negative")
         if not 0 <= settings.greedy <= 1:
             raise ConfigError(f"{name}.greedy must lie in [0, 1], not {settings.greedy}")
         if settings.functions and not settings.prompt:
@@ -425,7 +431,7 @@ def _check_train(name: str, train: TrainConfig) -> None:
             )
     if min(train.learning_rate, train.adam_learning_rate) <= 0:
         raise ConfigError(f"{name}: learning rates must be positive")
-    for field in ("data_weight", "generated", "loops"):
+    for field in ("data_weight", "coupling", "generated", "loops"):
         if not 0 <= getattr(train, field) <= 1:
             raise ConfigError(f"{name}.{field} must lie in [0, 1], not {getattr(train, field)}")
     if train.optimizer not in ("adamw", "muon"):

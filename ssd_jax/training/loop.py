@@ -102,6 +102,38 @@ def kl_divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean()
 
 
+DRAWN_FROM = 50  # of the oracle's likeliest tokens, as a sampled text is in the paper
+
+
+def same_draw(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """Mean probability that two distributions, with one noise, draw the same token.
+
+    The noise is Gumbel's, at temperature 1, as where a draft proposes what the oracle will draw. A
+    token wins in both with probability ``1 / sum_j max(p_j / p_i, q_j / q_i)`` (Daliri et al.,
+    2024, "Coupling without communication and drafter-invariant speculative decoding"); a
+    divergence bounds that, and a small student cannot have it small everywhere.
+
+    Args:
+      teacher, student: ``[B, T, V]`` float32 logits; the teacher draws from its
+        :data:`DRAWN_FROM` likeliest tokens, the student from all.
+    """
+    few = min(DRAWN_FROM, teacher.shape[-1])
+    likeliest, tokens = lax.top_k(teacher, few)
+    log_p = jax.nn.log_softmax(likeliest)
+    log_q = jnp.take_along_axis(jax.nn.log_softmax(student), tokens, axis=-1)
+
+    def over(log_ratio: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.minimum(log_ratio, 60.0))  # finite; who loses by that much never wins
+
+    def beside(log_prob: jax.Array) -> jax.Array:
+        """``[..., i, j]``: of token j over token i."""
+        return log_prob[..., None, :] - log_prob[..., :, None]
+
+    rivals = over(jnp.maximum(beside(log_p), beside(log_q))).sum(-1)
+    elsewhere = jnp.maximum(1 - jnp.exp(log_q).sum(-1, keepdims=True), 0)
+    return (1 / (rivals + elsewhere * over(-log_q))).sum(-1).mean()
+
+
 def loop_loss(nats: jax.Array, loops: jax.Array) -> jax.Array:
     """What is wrong with the probabilities of tokens that only repeat, ``[B, T]``.
 
@@ -122,7 +154,7 @@ def loop_loss(nats: jax.Array, loops: jax.Array) -> jax.Array:
     return -jnp.log1p(-jnp.minimum(jnp.abs(likelihood - wanted), 1 - 1e-6))
 
 
-def _losses(model: GPT2, teacher: GPT2 | None, weight: float, batch: Batch):
+def _losses(model: GPT2, teacher: GPT2 | None, settings: TrainConfig, batch: Batch):
     tokens, positions, loops = (jnp.asarray(array) for array in batch)
     logits, _ = model(tokens[:, :-1], positions)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -131,9 +163,13 @@ def _losses(model: GPT2, teacher: GPT2 | None, weight: float, batch: Batch):
     if teacher is None:
         repeated = jnp.where(loops > 0, loop_loss(nats, loops), 0.0)
         return metrics["cross_entropy"] + repeated.sum() / count, metrics
-    wanted, _ = teacher(tokens[:, :-1], positions)
-    metrics["kl"] = kl_divergence(lax.stop_gradient(wanted), logits)
-    return weight * metrics["cross_entropy"] + (1 - weight) * metrics["kl"], metrics
+    wanted = lax.stop_gradient(teacher(tokens[:, :-1], positions)[0])
+    metrics["kl"] = apart = kl_divergence(wanted, logits)
+    if settings.coupling:
+        metrics["same_draw"] = same_draw(wanted, logits)
+        apart = (1 - settings.coupling) * apart + settings.coupling * (1 - metrics["same_draw"])
+    weight = settings.data_weight
+    return weight * metrics["cross_entropy"] + (1 - weight) * apart, metrics
 
 
 class Trainer:
@@ -169,8 +205,7 @@ class Trainer:
         self.config, self.settings, self.seed = config, settings, seed
         self.graph, self._abstract = nnx.split(nnx.eval_shape(self._model))
         self._optimizer = optimizer(settings, self._abstract)
-        weight = settings.data_weight if teacher is not None else 1.0
-        self._losses = functools.partial(_losses, weight=weight)
+        self._losses = functools.partial(_losses, settings=settings)
         parts = [batch // settings.accumulate for batch, _ in settings.shapes]
         self.devices = math.gcd(jax.local_device_count(), *parts)
         mesh = Mesh(np.array(jax.local_devices()[: self.devices]), ("data",))

@@ -131,7 +131,21 @@ def run_record(config: Config, name: str, log: list[dict]) -> dict[str, Any]:
         "optimizer": settings.optimizer,
         "learning_rate": settings.learning_rate,
         "data_weight": settings.data_weight if name != "oracle" else 1.0,
+        "coupling": settings.coupling if name != "oracle" else 0.0,
     }
+
+
+def _loss(run: dict[str, Any]) -> str:
+    """A run's loss, in words."""
+    data, coupling = run["data_weight"], run.get("coupling", 0.0)  # earlier runs knew none
+    parts = {
+        "cross-entropy": data,
+        "KL from the oracle": (1 - data) * (1 - coupling),
+        "draws apart from it": (1 - data) * coupling,
+    }
+    if data == 1:
+        return "cross-entropy"
+    return " + ".join(f"{weight:g} x {what}" for what, weight in parts.items() if weight)
 
 
 def model_card(
@@ -171,6 +185,7 @@ def model_card(
         perplexity=perplexity,
         ngram_sizes=ngram_sizes,
         window=window(models),
+        loss=_loss,
         counted=" and ".join(_described(config, name) for name in config.ngram.corpus),
     )
 
@@ -181,9 +196,10 @@ def _described(config: Config, corpus: str) -> str:
         return "the training text"
     drawn: SampleConfig = getattr(config, corpus)
     begun = ", from functions' signatures and docstrings on" if drawn.functions else ""
+    cut = f", top-k {drawn.top_k}" if drawn.top_k else ""
     greedy = f" ({drawn.greedy:.0%} of it greedy)" if drawn.greedy else ""
     return (
-        f"text drawn from the {drawn.model} at temperature {drawn.temperature:g}{greedy}{begun} "
-        f"({drawn.shards * drawn.batch:,} rows of at most {drawn.length} tokens"
+        f"text drawn from the {drawn.model} at temperature {drawn.temperature:g}{cut}{greedy}"
+        f"{begun} ({drawn.shards * drawn.batch:,} rows of at most {drawn.length} tokens"
         + (f", counted {repeats} times)" if (repeats := config.ngram.drawn_repeats) > 1 else ")")
     )

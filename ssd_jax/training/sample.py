@@ -17,6 +17,7 @@ from jax import lax
 from ssd_jax import files
 from ssd_jax.errors import DataError
 from ssd_jax.gpt2 import GPT2
+from ssd_jax.sampling import Sampling, warp
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training.config import SampleConfig
 from ssd_jax.training.functions import documented_functions, function_beginning
@@ -32,8 +33,9 @@ def sample_tokens(
     *,
     length: int,
     temperature: float,
+    top_k: int = 0,
 ) -> jax.Array:
-    """Ancestral sampling from the whole vocabulary; may be jitted with the keywords static.
+    """Ancestral sampling; may be jitted with the keywords static.
 
     Args:
       model: what draws.
@@ -42,6 +44,7 @@ def sample_tokens(
       given: ``[B]`` int32, how many tokens of its prompt each row has; the rest is padding.
       length: tokens drawn a row; with the prompt at most the model's ``n_positions`` and one.
       temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draw from so many of the likeliest tokens; 0 for the whole vocabulary.
 
     Returns:
       ``[B, length]`` int32, without the prompts. Rows go on past ``<|endoftext|>``: what follows
@@ -50,12 +53,13 @@ def sample_tokens(
     prompts, given = (jnp.asarray(array, jnp.int32) for array in (prompts, given))
     batch, longest = prompts.shape
     slots = jnp.arange(longest + length - 1)
+    options = Sampling.create(batch, temperature=temperature, top_k=top_k).draw
 
     def draw(logits, number):
-        if temperature > 0:
+        if options is not None:
             # Gumbel-max: an exact draw without normalising or sorting.
             noise = jax.random.gumbel(jax.random.fold_in(key, number), logits.shape)
-            logits = logits / temperature + noise
+            logits = warp(logits[:, None], options)[:, 0] + noise
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def step(carry, number):
@@ -166,7 +170,7 @@ def draw_shards(
     most one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw = jax.jit(sample_tokens, static_argnames=("length", "temperature"))
+    draw = jax.jit(sample_tokens, static_argnames=("length", "temperature", "top_k"))
     missing = [s for s in range(config.shards) if not _shard(folder, s).exists()]
     for done, shard in enumerate(missing, start=1):
         start = time.perf_counter()
@@ -178,6 +182,7 @@ def draw_shards(
             given,
             length=config.length,
             temperature=config.shard_temperature(shard),
+            top_k=config.top_k,
         )
         kept = Shard(begun.astype(np.uint16), given, np.asarray(rows, np.uint16))
         with files.atomic_path(_shard(folder, shard)) as path, open(path, "wb") as file:

@@ -34,6 +34,13 @@ def _text_settings(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, di
     return {"data": dataclasses.asdict(data), "tokenizer": dataclasses.asdict(tokenizer)}
 
 
+def _drawn_by(settings: SampleConfig) -> dict[str, Any]:
+    """The settings that a shard depends on; there may be more or fewer of the same."""
+    fields = dataclasses.asdict(settings)
+    del fields["shards"]
+    return fields
+
+
 class Pipeline:
     """The steps over one work folder.
 
@@ -230,11 +237,13 @@ class Pipeline:
         Those drawn with other settings, or from an earlier state of the model, are replaced.
         """
         folder = self.work / name
-        origin = dataclasses.asdict(settings) | {"seed": self.config.seed, "model_step": step}
-        del origin["shards"]  # more or fewer of the same
+        origin = _drawn_by(settings) | {"seed": self.config.seed, "model_step": step}
         note = folder / "origin.json"
-        if folder.exists() and not (note.exists() and files.read_json(note) == origin):
-            shutil.rmtree(folder)
+        if folder.exists():
+            stored = files.read_json(note) if note.exists() else {}
+            # Settings that did not exist when it was drawn had their defaults.
+            if _drawn_by(SampleConfig()) | stored != origin:
+                shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         tokens.save_json(note, origin)
         sample.draw_shards(

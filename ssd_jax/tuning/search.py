@@ -25,7 +25,7 @@ DRAFT = {
     "rounds": (1, 2, 3, 4, 5, 6, 8),
     "width": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16),
     "branch": (1, 2, 3, 4, 6, 8),
-    "prior_greedy": (0.0, 0.05, 0.1, 0.15, 0.25, 0.4),
+    "prior_greedy": (0.0, 0.05, 0.1, 0.2, 0.3, 0.4),
     "prior_sampled": (0.0, 0.05, 0.1, 0.2),
     "threshold": (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7),
 }
@@ -44,11 +44,13 @@ class Space:
     Attributes:
       drafts: models that the stack has for drafting.
       trigram: whether it has one.
+      sampled: whether texts are sampled; a plan's settings for greedy ones then change nothing.
       max_width: of the oracle's pass.
     """
 
     drafts: int
     trigram: bool
+    sampled: bool
     max_width: int = 48
 
     def allows(self, plan: Plan) -> bool:
@@ -98,9 +100,10 @@ class Space:
         found: list[Plan] = []
         for field, grid in (("depth", DEPTHS), ("nodes", NODES), ("floor", FLOORS)):
             found += [replace(plan, **{field: v}) for v in _beside(grid, getattr(plan, field))]
+        idle = "prior_greedy" if self.sampled else "prior_sampled"
         for index, draft in enumerate(plan.drafts):
             for field, grid in DRAFT.items():
-                for value in _beside(grid, getattr(draft, field)):
+                for value in _beside(grid, getattr(draft, field)) if field != idle else ():
                     changed = replace(draft, **{field: value})
                     drafts = (*plan.drafts[:index], changed, *plan.drafts[index + 1 :])
                     found.append(replace(plan, drafts=drafts))

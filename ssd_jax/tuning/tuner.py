@@ -129,9 +129,10 @@ def tune(
     say = on_progress or (lambda what, share: None)
     say("passes of each stage", 0.0)
     costs = cost.measure_passes(stack, bench.typical_length)
-    space = Space(len(stack.drafts), stack.ngram is not None, max_width)
+    parts = len(stack.drafts), stack.ngram is not None
     found = Tuning(tuned.Tuned({}, {}, costs), {}, {}, {}, None, False)
     for kind in kinds:
+        space = Space(*parts, kind == "sampled", max_width)
         job = _Job(bench, kind, options[kind], costs, space, say)
         try:
             job.calibrate(repeats)
