@@ -648,23 +648,26 @@ def _try_best(scaled: jax.Array, scored: jax.Array, draw: Draw) -> tuple[jax.Arr
         """Which tokens are kept, of one in each row whose scaled logits are given ``[B, W]``."""
         return light(own) & (own >= least)
 
-    def trial(carry):
-        excluded, *_ = carry
+    def trial(state: jax.Array) -> jax.Array:
+        excluded = state[0]
         live = jnp.where(scaled > excluded[..., None], scored, -jnp.inf)
         token, margin = best_two(live)
         own = take(scaled, token[..., None], axis=-1)[..., 0]
         # Without progress (logits that are not numbers) the token stands.
         kept = keeps(own) | ~(own > excluded)
-        return jnp.where(kept, excluded, own), token, margin, kept
+        return jnp.stack(
+            [
+                jnp.where(kept, excluded, own),
+                token.astype(jnp.float32),
+                margin,
+                kept.astype(jnp.float32),
+            ]
+        )
 
-    start = (
-        jnp.full(best.shape, -jnp.inf),
-        jnp.zeros(best.shape, jnp.int32),
-        jnp.zeros(best.shape),
-        jnp.zeros(best.shape, bool),
-    )
-    _, token, margin, _ = lax.while_loop(lambda carry: ~jnp.all(carry[-1]), trial, start)
-    return token, margin
+    # One array, as a loop carries each with kernels of its own; float32 holds any token exactly.
+    start = jnp.zeros((4, *best.shape)).at[0].set(-jnp.inf)
+    found = lax.while_loop(lambda state: ~jnp.all(state[3] > 0), trial, start)
+    return found[1].astype(jnp.int32), found[2]
 
 
 def best_two(scored: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -47,7 +47,7 @@ def test_no_cache_is_copied_and_each_loop_is_one_graph(small):
 def test_a_round_outside_the_models_does_not_grow(small):
     """The target is 60; ``docs/performance.md`` says what is reached and why."""
     figures, _ = small
-    assert 20 <= figures["staged.kernels_outside_models"] <= 88
+    assert 20 <= figures["staged.kernels_outside_models"] <= 82
 
 
 def test_the_programs_are_written(small):
