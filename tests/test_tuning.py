@@ -227,7 +227,6 @@ def test_the_search_stays_within_what_the_stack_can(space):
         assert (len(values) > 1) == (space.drafts > 0 and space.sampled == sampled)
 
 
-
 SMALL = Plan(width=3, ngram=NGramPlan(levels=1, branch=0), depth=2, nodes=4)
 COSTS = PassCosts({"oracle": {1: 1e-3, 8: 2e-3}, "draft": {1: 1e-4}}, slots=64)
 
