@@ -53,13 +53,14 @@ def sample_tokens(
     prompts, given = (jnp.asarray(array, jnp.int32) for array in (prompts, given))
     batch, longest = prompts.shape
     slots = jnp.arange(longest + length - 1)
-    options = Sampling.create(batch, temperature=temperature, top_k=top_k).draw
+    # Logits are divided here: however cold a draw is, it has no least temperature.
+    options = Sampling.create(batch, temperature=float(temperature > 0), top_k=top_k).draw
 
     def draw(logits, number):
         if options is not None:
             # Gumbel-max: an exact draw without normalising or sorting.
             noise = jax.random.gumbel(jax.random.fold_in(key, number), logits.shape)
-            logits = warp(logits[:, None], options)[:, 0] + noise
+            logits = warp(logits[:, None] / temperature, options)[:, 0] + noise
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def step(carry, number):

@@ -129,10 +129,9 @@ def tune(
     say = on_progress or (lambda what, share: None)
     say("passes of each stage", 0.0)
     costs = cost.measure_passes(stack, bench.typical_length)
-    parts = len(stack.drafts), stack.ngram is not None
     found = Tuning(tuned.Tuned({}, {}, costs), {}, {}, {}, None, False)
     for kind in kinds:
-        space = Space(*parts, kind == "sampled", max_width)
+        space = Space(len(stack.drafts), stack.ngram is not None, kind == "sampled", max_width)
         job = _Job(bench, kind, options[kind], costs, space, say)
         try:
             job.calibrate(repeats)
