@@ -14,6 +14,7 @@ computes that number.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,14 @@ class KVCache:
     slot_axis: int = dataclasses.field(default=2, metadata={"static": True})
 
 
+@partial(
+    jax.jit,
+    static_argnames=("layers", "batch", "heads", "slots", "head_dim", "dtype", "slot_axis"),
+)
 def init(
     layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype, slot_axis: int = 2
 ) -> KVCache:
-    """An empty cache of ``slots`` slots."""
+    """An empty cache of ``slots`` slots, made at once: one array takes as long to ask for."""
     inner = (heads, slots) if slot_axis == 2 else (slots, heads)
     shape = (batch, *inner, head_dim)
     return KVCache(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -63,10 +64,16 @@ def estimate(models: Sequence[GPT2], capacities: Capacities, rows: int = 1) -> E
     return Estimate(sum(map(weights, models)), caches, passes)
 
 
+_weights: weakref.WeakKeyDictionary[GPT2, int] = weakref.WeakKeyDictionary()
+
+
 def weights(model: GPT2) -> int:
-    """Bytes of a model's parameters."""
-    tree = nnx.state(model, nnx.Param)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a model's parameters, whose shapes and types stay as they are."""
+    # Remembered: every text asks for it, and going through a module takes milliseconds.
+    if model not in _weights:
+        leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+        _weights[model] = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return _weights[model]
 
 
 def weight_bytes(model: GPT2) -> int:

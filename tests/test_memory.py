@@ -132,3 +132,24 @@ def test_named_models_are_announced(folder, capsys, monkeypatch):
     left(monkeypatch, 1000)
     assert decode_command.main(argv) == 2
     assert "error: the stack in float32 needs about" in capsys.readouterr().err
+
+
+def test_a_further_text_does_not_go_through_the_modules(monkeypatch):
+    """Their weights were counted twice a text, as long as six steps of the shipped oracle."""
+    stack = toys.stack()
+    ssd_jax.generate(stack, [1, 2, 3], max_new_tokens=4)
+
+    def walked(*_):
+        raise AssertionError("went through a module")
+
+    monkeypatch.setattr(memory.nnx, "state", walked)
+    again = ssd_jax.generate(stack, [1, 2, 3], max_new_tokens=4)
+    assert again.stats.relative_bandwidth > 0
+
+
+def test_models_of_other_sizes_are_not_taken_for_each_other():
+    small, large = toys.model(seed=1), toys.model(seed=1, layers=3)
+    for model in (small, large, small):
+        leaves = jax.tree.leaves(model)
+        assert memory.weights(model) == sum(leaf.nbytes for leaf in leaves)
+    assert memory.weights(small) < memory.weights(large)

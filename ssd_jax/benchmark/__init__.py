@@ -1,8 +1,8 @@
 """The benchmark: modes, peers and ablations side by side, and what is written up of them.
 
 Method: every prompt is decoded by all modes in turn, so that a disturbance of the machine hits
-them alike; a run that had to compile is not recorded but repeated; seconds are those that the
-engine reports, prompt included, which end when the tokens are on the host.
+them alike; a run that had to compile is not recorded but repeated; seconds are those of the whole
+call, from token ids to token ids, prompt included.
 
 ``results.json`` (schema 3) holds
 

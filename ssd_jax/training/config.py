@@ -155,13 +155,13 @@ class TrainConfig:
       data_weight: for a draft, the weight of cross-entropy to the data; the rest goes to the
         Kullback-Leibler divergence from the oracle. 1 trains without an oracle.
       coupling: for a draft, the part of that rest which goes to the probability of drawing another
-        token than the oracle with the same noise (:func:`~ssd_jax.training.loop.same_draw`).
+        token than the oracle with the same noise (:func:`~ssd_jax.training.losses.same_draw`).
       generated: the share of sequences taken from text the oracle wrote (section ``generated``
         for a draft, ``own`` for the oracle itself) rather than from the data. A draft learns what
         the oracle's distribution is there; the oracle, which must have an ``init``, unlearns the
         loops it fell into.
       loops: the share of sequences that are made to repeat a piece of themselves, on which the
-        model learns to leave loops (see :func:`~ssd_jax.training.loop.loop_loss`) rather than
+        model learns to leave loops (see :func:`~ssd_jax.training.losses.loop_loss`) rather than
         the text. Drafts learn on them what the oracle does there.
       accumulate: parts a batch is taken in, one after another, to save memory; the gradient is
         the mean over them.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -27,10 +26,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
-from ssd_jax.files import atomic_path, first_line
+from ssd_jax.files import first_line
 from ssd_jax.gpt2 import GPT2, GPT2Config, parameter_count
 from ssd_jax.training.config import TrainConfig, check_context
 from ssd_jax.training.corpus import SPLITS
+from ssd_jax.training.losses import losses
+from ssd_jax.training.progress import Log, duration, plot
 from ssd_jax.training.tokens import Batch, Batches, Generated, TokenFile
 
 
@@ -91,87 +92,6 @@ def _kernels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(mark, params)
 
 
-def kl_divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
-    """Mean ``KL(teacher || student)`` in nats between two ``[B, T, V]`` float32 logits.
-
-    The direction makes the student cover what the teacher may say, which is what a draft is
-    for (Hinton et al., 2015).
-    """
-    log_p = jax.nn.log_softmax(teacher)
-    log_q = jax.nn.log_softmax(student)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean()
-
-
-DRAWN_FROM = 50  # of the oracle's likeliest tokens, as a sampled text is in the paper
-
-
-def same_draw(teacher: jax.Array, student: jax.Array) -> jax.Array:
-    """Mean probability that two distributions, with one noise, draw the same token.
-
-    The noise is Gumbel's, at temperature 1, as where a draft proposes what the oracle will draw. A
-    token wins in both with probability ``1 / sum_j max(p_j / p_i, q_j / q_i)`` (Daliri et al.,
-    2024, "Coupling without communication and drafter-invariant speculative decoding"); a
-    divergence bounds that, and a small student cannot have it small everywhere.
-
-    Args:
-      teacher, student: ``[B, T, V]`` float32 logits; the teacher draws from its
-        :data:`DRAWN_FROM` likeliest tokens, the student from all.
-    """
-    few = min(DRAWN_FROM, teacher.shape[-1])
-    likeliest, tokens = lax.top_k(teacher, few)
-    log_p = jax.nn.log_softmax(likeliest)
-    log_q = jnp.take_along_axis(jax.nn.log_softmax(student), tokens, axis=-1)
-
-    def over(log_ratio: jax.Array) -> jax.Array:
-        return jnp.exp(jnp.minimum(log_ratio, 60.0))  # finite; who loses by that much never wins
-
-    def beside(log_prob: jax.Array) -> jax.Array:
-        """``[..., i, j]``: of token j over token i."""
-        return log_prob[..., None, :] - log_prob[..., :, None]
-
-    rivals = over(jnp.maximum(beside(log_p), beside(log_q))).sum(-1)
-    elsewhere = jnp.maximum(1 - jnp.exp(log_q).sum(-1, keepdims=True), 0)
-    return (1 / (rivals + elsewhere * over(-log_q))).sum(-1).mean()
-
-
-def loop_loss(nats: jax.Array, loops: jax.Array) -> jax.Array:
-    """What is wrong with the probabilities of tokens that only repeat, ``[B, T]``.
-
-    A token of a loop should have half the probability that it had one turn before: the loss is
-    ``-log(1 - |p - p_before / 2|)`` (Xu et al., 2022, "Learning to break the loop").
-    A model trained on text alone makes a sentence likelier every time it is repeated, and
-    greedy decoding then never leaves it.
-
-    Args:
-      nats: ``[B, T]`` float32, negative log-likelihood of each predicted token.
-      loops: ``[B, T]`` int32, positive for tokens of a loop: how far back is the token that each
-        repeats. Elsewhere the result means nothing.
-    """
-    # In range for every token: a masked NaN would still reach the gradient.
-    before = jnp.clip(jnp.arange(nats.shape[1]) - loops, 0, nats.shape[1] - 1)
-    likelihood = jnp.exp(-nats)
-    wanted = lax.stop_gradient(jnp.take_along_axis(likelihood, before, axis=1)) / 2
-    return -jnp.log1p(-jnp.minimum(jnp.abs(likelihood - wanted), 1 - 1e-6))
-
-
-def _losses(model: GPT2, teacher: GPT2 | None, settings: TrainConfig, batch: Batch):
-    tokens, positions, loops = (jnp.asarray(array) for array in batch)
-    logits, _ = model(tokens[:, :-1], positions)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    count = jnp.maximum(jnp.sum(loops == 0, dtype=nats.dtype), 1)
-    metrics = {"cross_entropy": jnp.sum(jnp.where(loops == 0, nats, 0.0)) / count}
-    if teacher is None:
-        repeated = jnp.where(loops > 0, loop_loss(nats, loops), 0.0)
-        return metrics["cross_entropy"] + repeated.sum() / count, metrics
-    wanted = lax.stop_gradient(teacher(tokens[:, :-1], positions)[0])
-    metrics["kl"] = apart = kl_divergence(wanted, logits)
-    if settings.coupling:
-        metrics["same_draw"] = same_draw(wanted, logits)
-        apart = (1 - settings.coupling) * apart + settings.coupling * (1 - metrics["same_draw"])
-    weight = settings.data_weight
-    return weight * metrics["cross_entropy"] + (1 - weight) * apart, metrics
-
-
 class Trainer:
     """Compiled step and evaluation of one model.
 
@@ -205,7 +125,7 @@ class Trainer:
         self.config, self.settings, self.seed = config, settings, seed
         self.graph, self._abstract = nnx.split(nnx.eval_shape(self._model))
         self._optimizer = optimizer(settings, self._abstract)
-        self._losses = functools.partial(_losses, settings=settings)
+        self._losses = functools.partial(losses, settings=settings)
         parts = [batch // settings.accumulate for batch, _ in settings.shapes]
         self.devices = math.gcd(jax.local_device_count(), *parts)
         mesh = Mesh(np.array(jax.local_devices()[: self.devices]), ("data",))
@@ -413,13 +333,6 @@ def _outlook(trainer: Trainer, batches: Batches, steps: int) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """``seconds`` as people say it: ``45 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _save(manager: ocp.CheckpointManager, state: TrainState, step: int, last: bool) -> None:
     try:
         manager.save(step, args=ocp.args.StandardSave(state), force=last)
@@ -482,77 +395,3 @@ def _existing(folder: Path) -> ocp.CheckpointManager:
     if not (folder / "checkpoints").is_dir():
         raise CheckpointError(f"no checkpoint in {folder}; train this model first")
     return _manager(folder, 1)
-
-
-class Log:
-    """JSON lines (one a step) and progress lines (one every ``log_every`` steps)."""
-
-    def __init__(self, path: Path, step: int, settings: TrainConfig, say: Callable[[str], None]):
-        self._path, self._settings, self._say = path, settings, say
-        kept = [row for row in read_log(path) if row["step"] <= step] if path.exists() else []
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._mark, self._tokens = (step, time.perf_counter()), 0
-        if step:
-            say(f"resuming at step {step} of {settings.steps}")
-
-    def add(self, step: int, metrics: dict, evaluated: dict[str, float]) -> None:
-        row = {"step": step} | {k: float(v) for k, v in metrics.items()} | evaluated
-        self._tokens += int(row["tokens"])
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if step % self._settings.log_every == 0 or evaluated:
-            self._progress(row)
-
-    def _progress(self, row: dict) -> None:
-        (last, then), now = self._mark, time.perf_counter()
-        seconds = (now - then) / max(row["step"] - last, 1)
-        rate = self._tokens / max(now - then, 1e-9)
-        self._mark, self._tokens = (row["step"], now), 0
-        left = duration((self._settings.steps - row["step"]) * seconds)
-        losses = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "tokens"))
-        self._say(
-            f"step {row['step']}/{self._settings.steps}: {losses}; {rate:.0f} tokens/s, {left} left"
-        )
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of a JSON-lines log; a last line cut short by a kill is dropped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def plot(log: Path, image: Path) -> None:
-    """Draw the loss curves; without matplotlib, which is optional, draw nothing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = read_log(log)
-    tokens = np.cumsum([row["tokens"] for row in rows]) / 1e6
-    axes = (figure := Figure(figsize=(7, 4))).subplots()
-    for color, name in (("C0", "cross_entropy"), ("C1", "kl")):
-        having = [name in row for row in rows]  # a run may go on with another loss
-        if not any(having):
-            continue
-        values, at = np.array([row[name] for row in rows if name in row]), tokens[having]
-        width = max(1, len(values) // 50)
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        label = name.replace("_", " ")
-        axes.plot(at, values, color=color, alpha=0.2, linewidth=0.7)
-        axes.plot(at[width - 1 :], smooth, color=color, label=f"{label}, mean of {width} steps")
-        held = [(t, row[f"heldout_{name}"]) for t, row in zip(tokens, rows, strict=True)
-                if f"heldout_{name}" in row]  # fmt: skip
-        if held:
-            axes.plot(*zip(*held, strict=True), "o--", color=color, label=f"{label}, held out")
-    axes.set(xlabel="million tokens", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    with atomic_path(image) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

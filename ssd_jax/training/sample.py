@@ -21,7 +21,7 @@ from ssd_jax.sampling import Sampling, warp
 from ssd_jax.tokenizer import Tokenizer
 from ssd_jax.training.config import SampleConfig
 from ssd_jax.training.functions import documented_functions, function_beginning
-from ssd_jax.training.loop import duration
+from ssd_jax.training.progress import duration
 from ssd_jax.training.tokens import TokenFile
 
 

@@ -16,7 +16,7 @@ from ssd_jax.errors import ConfigError, VocabularyMismatchError
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.ngram import KatzModel
 from ssd_jax.tokenizer import Tokenizer
-from ssd_jax.training import corpus, experiments, loop, report, sample, tokens
+from ssd_jax.training import corpus, experiments, loop, progress, report, sample, tokens
 from ssd_jax.training.config import (
     MAX_VOCAB,
     Config,
@@ -211,7 +211,7 @@ class Pipeline:
     def _runs(self, name: str) -> list[dict]:
         """All runs that led to a model, this one last."""
         before = self.work / name / TRAINING
-        log = loop.read_log(self.work / name / "log.jsonl")
+        log = progress.read_log(self.work / name / "log.jsonl")
         this = report.run_record(self.config, name, log)
         earlier = files.read_json(before)["runs"] if before.is_file() else []
         return [*earlier, this]
