@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -171,16 +172,13 @@ class Batch:
                 alternatives=_traced_alternatives(alternatives, stack.vocab_size),
                 caches=caches,
             )
-            tables = stack.tables if plan.uses_trigram else None
-            self._rest = (sampling, jax.device_put(Policy.of(plan)))
-            self._models_and_tables = (self.models, tables)
-            arguments = (*self._models_and_tables, self.state, *self._rest)
-            self._program, *self._compilation = _program(
-                arguments, self.state.limit, self.capacities
-            )
+            self._look()
+            self._models = stack.flat(len(plan.drafts), plan.uses_trigram)
+            self._rest = (sampling, Policy.of(plan))
+            arguments = (self._models, self.state, *self._rest, self.limit)
+            self._program, *self._compilation = _program(arguments, self.capacities)
         self.seconds = 0.0
         self.intact = True
-        self._look()
 
     def _look(self) -> None:
         """Fetch what callers ask for between two runs of the loop."""
@@ -210,7 +208,7 @@ class Batch:
         started = time.perf_counter()
         self.intact = False  # the state is donated: if this is interrupted, it is lost
         with memory.reported(self._words):
-            self.state = self._program(*self._models_and_tables, self.state, *self._rest, yield_at)
+            self.state = self._program(self._models, self.state, *self._rest, yield_at)
             jax.block_until_ready(self.state)
         self.intact = True
         self.seconds += time.perf_counter() - started
@@ -359,15 +357,22 @@ _programs: dict[Any, Callable] = {}  # the least recently used first
 _programs_lock = threading.Lock()
 
 
-def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, float, bool]:
+@partial(jax.jit, static_argnames="capacities", donate_argnames="state")
+def _decode(models, state, sampling, policy, yield_at, *, capacities):
+    """:func:`ssd_jax.decode.decode` of a stack's :class:`~ssd_jax.stack.Flat` parts."""
+    return engine.decode(*models.tree, state, sampling, policy, yield_at, capacities=capacities)
+
+
+def _program(arguments, capacities: Capacities) -> tuple[Callable, float, bool]:
     """The compiled program for these shapes, the seconds it took to have it just now, and
     whether it came from the disk.
 
     Compiled ahead of time and kept here, rather than by the first call, so that compilation
     can be timed apart.
     """
-    leaves, structure = jax.tree.flatten((arguments, yield_at))
-    key = (capacities, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves))
+    leaves, structure = jax.tree.flatten(arguments)
+    kinds = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+    key = (capacities, structure, kinds)
     with _programs_lock:
         if (program := _programs.pop(key, None)) is not None:
             _programs[key] = program
@@ -375,7 +380,7 @@ def _program(arguments, yield_at, capacities: Capacities) -> tuple[Callable, flo
         _make_room()
     started = time.perf_counter()
     _LOG.info("compiling")
-    lowered = engine.decode.lower(*arguments, yield_at, capacities=capacities)
+    lowered = _decode.lower(*arguments, capacities=capacities)
     with program_cache.keeping() as origin:
         program = lowered.compile()
     with _programs_lock:
@@ -390,7 +395,7 @@ def _make_room() -> None:
     A CPU's program takes more than a thousand, an oracle of many layers several; one too many,
     and XLA takes the process down.
     """
-    decode: Any = engine.decode
+    decode: Any = _decode
     before, used = math.inf, memory.mappings()
     # Where dropping does not help, the mappings are not programs'.
     while _programs and 0.5 < used < before:

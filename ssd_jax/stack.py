@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,24 @@ from ssd_jax.tokenizer import Tokenizer
 PathLike = str | os.PathLike
 
 _LOG = logging.getLogger(__name__)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A tree of arrays that was flattened once. JAX flattens what it is called with at every call,
+    and NNX modules take it a millisecond or two."""
+
+    leaves: list[jax.Array]
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, tree: Any) -> Flat:
+        return cls(*jax.tree.flatten(tree))
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +99,18 @@ class Stack:
     def tables(self) -> NGramTables | None:
         """The n-gram on the device."""
         return None if self.ngram is None else jax.device_put(self.ngram.tables(MAX_TRIGRAM_BRANCH))
+
+    def flat(self, drafts: int, trigram: bool) -> Flat:
+        """What the loop takes of the stack: the oracle with so many of the drafts, and the n-gram
+        if it is wanted."""
+        if (drafts, trigram) not in self._flat:
+            models = (self.oracle, *self.drafts[:drafts])
+            self._flat[drafts, trigram] = Flat.of((models, self.tables if trigram else None))
+        return self._flat[drafts, trigram]
+
+    @functools.cached_property
+    def _flat(self) -> dict[tuple[int, bool], Flat]:
+        return {}
 
     @functools.cached_property
     def digest(self) -> str:
