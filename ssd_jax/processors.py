@@ -117,7 +117,7 @@ class Processors:
             bias=_padded([list(row.values()) for row in biases], np.float32, 0.0),
             banned=_padded_sequences(banned),
         )
-        return cls(**jax.device_put(fields))
+        return cls(**fields)
 
 
 def per_row(value: Any, batch: int, name: str) -> list:

@@ -125,7 +125,8 @@ class Sampling:
             "typical_p": (typical_p, _mass),
             "seed": (seed, _seed),
         }
-        # Made on the host: JAX would compile a conversion for each.
+        # Left on the host: the loop's call takes them along, and most of these are made only to
+        # be validated.
         fields: dict[str, Any] = {
             name: np.stack([check(name, value) for value in per_row(values, batch, name)])
             for name, (values, check) in checks.items()
@@ -142,7 +143,7 @@ class Sampling:
             fields["typical_p"] = None
             if (fields["top_p"] == 1).all():
                 fields["top_p"] = None
-        return cls(jax.device_put(Draw(**fields)), processed)
+        return cls(Draw(**fields), processed)
 
 
 _NEUTRAL = {"top_k": np.inf, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}

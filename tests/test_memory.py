@@ -135,7 +135,7 @@ def test_named_models_are_announced(folder, capsys, monkeypatch):
 
 
 def test_a_further_text_does_not_go_through_the_modules(monkeypatch):
-    """Flattening them and adding up their weights took as long as six steps of the shipped oracle."""
+    """Adding up their weights and flattening them took as long as six steps of a real oracle."""
     stack = toys.stack()
     ssd_jax.generate(stack, [1, 2, 3], max_new_tokens=4)
 
