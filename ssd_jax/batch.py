@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -174,7 +174,7 @@ class Batch:
             )
             self._look()
             self._models = stack.flat(len(plan.drafts), plan.uses_trigram)
-            self._rest = (sampling, Policy.of(plan))
+            self._rest = jax.device_put((sampling, Policy.of(plan)))
             arguments = (self._models, self.state, *self._rest, self.limit)
             self._program, *self._compilation = _program(arguments, self.capacities)
         self.seconds = 0.0
@@ -357,7 +357,7 @@ _programs: dict[Any, Callable] = {}  # the least recently used first
 _programs_lock = threading.Lock()
 
 
-@partial(jax.jit, static_argnames="capacities", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="capacities", donate_argnames="state")
 def _decode(models, state, sampling, policy, yield_at, *, capacities):
     """:func:`ssd_jax.decode.decode` of a stack's :class:`~ssd_jax.stack.Flat` parts."""
     return engine.decode(*models.tree, state, sampling, policy, yield_at, capacities=capacities)
@@ -371,6 +371,7 @@ def _program(arguments, capacities: Capacities) -> tuple[Callable, float, bool]:
     can be timed apart.
     """
     leaves, structure = jax.tree.flatten(arguments)
+    # What is on the host has no placement.
     kinds = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
     key = (capacities, structure, kinds)
     with _programs_lock:
