@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 import math
 import threading
@@ -20,7 +21,7 @@ from ssd_jax.kv_cache import KVCache
 from ssd_jax.memory import cache_bytes_per_token, weight_bytes
 from ssd_jax.plan import Capacities, Plan, Policy
 from ssd_jax.sampling import Sampling
-from ssd_jax.stack import Stack
+from ssd_jax.stack import Flat, Stack
 
 _LOG = logging.getLogger(__name__)
 
@@ -173,9 +174,9 @@ class Batch:
                 caches=caches,
             )
             self._look()
-            self._models = stack.flat(len(plan.drafts), plan.uses_trigram)
+            self._parts = stack.flat(len(plan.drafts), plan.uses_trigram)
             self._rest = jax.device_put((sampling, Policy.of(plan)))
-            arguments = (self._models, self.state, *self._rest, self.limit)
+            arguments = (self._parts, self.state, *self._rest, self.limit)
             self._program, *self._compilation = _program(arguments, self.capacities)
         self.seconds = 0.0
         self.intact = True
@@ -208,7 +209,7 @@ class Batch:
         started = time.perf_counter()
         self.intact = False  # the state is donated: if this is interrupted, it is lost
         with memory.reported(self._words):
-            self.state = self._program(self._models, self.state, *self._rest, yield_at)
+            self.state = self._program(self._parts, self.state, *self._rest, yield_at)
             jax.block_until_ready(self.state)
         self.intact = True
         self.seconds += time.perf_counter() - started
@@ -358,9 +359,10 @@ _programs_lock = threading.Lock()
 
 
 @functools.partial(jax.jit, static_argnames="capacities", donate_argnames="state")
-def _decode(models, state, sampling, policy, yield_at, *, capacities):
-    """:func:`ssd_jax.decode.decode` of a stack's :class:`~ssd_jax.stack.Flat` parts."""
-    return engine.decode(*models.tree, state, sampling, policy, yield_at, capacities=capacities)
+def decode(parts: Flat, state, sampling, policy, yield_at, *, capacities):
+    """:func:`ssd_jax.decode.decode` of a stack's flattened parts."""
+    loop = inspect.unwrap(engine.decode)  # a jit within a jit would keep traces of its own
+    return loop(*parts.tree, state, sampling, policy, yield_at, capacities=capacities)
 
 
 def _program(arguments, capacities: Capacities) -> tuple[Callable, float, bool]:
@@ -381,7 +383,7 @@ def _program(arguments, capacities: Capacities) -> tuple[Callable, float, bool]:
         _make_room()
     started = time.perf_counter()
     _LOG.info("compiling")
-    lowered = _decode.lower(*arguments, capacities=capacities)
+    lowered = decode.lower(*arguments, capacities=capacities)
     with program_cache.keeping() as origin:
         program = lowered.compile()
     with _programs_lock:
@@ -396,12 +398,12 @@ def _make_room() -> None:
     A CPU's program takes more than a thousand, an oracle of many layers several; one too many,
     and XLA takes the process down.
     """
-    decode: Any = _decode
+    loop: Any = decode
     before, used = math.inf, memory.mappings()
     # Where dropping does not help, the mappings are not programs'.
     while _programs and 0.5 < used < before:
         del _programs[next(iter(_programs))]
-        decode.clear_cache()  # JAX's own reference to it, those of the others too
+        loop.clear_cache()  # JAX's own reference to it, those of the others too
         before, used = used, memory.mappings()
 
 

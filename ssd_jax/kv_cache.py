@@ -50,7 +50,7 @@ class KVCache:
 def init(
     layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype, slot_axis: int = 2
 ) -> KVCache:
-    """An empty cache of ``slots`` slots, made at once: one array takes as long to ask for."""
+    """An empty cache of ``slots`` slots, in one call: each of its arrays would take as long."""
     inner = (heads, slots) if slot_axis == 2 else (slots, heads)
     shape = (batch, *inner, head_dim)
     return KVCache(

@@ -68,7 +68,7 @@ _weights: weakref.WeakKeyDictionary[GPT2, int] = weakref.WeakKeyDictionary()
 
 
 def weights(model: GPT2) -> int:
-    """Bytes of a model's parameters, whose shapes and types stay as they are."""
+    """Bytes of a model's parameters, which keep their shapes and types."""
     # Remembered: every text asks for it, and going through a module takes milliseconds.
     if model not in _weights:
         leaves = jax.tree.leaves(nnx.state(model, nnx.Param))

@@ -58,7 +58,7 @@ def round_trees(
     limit = min(len(tokens) + max_new_tokens, context)
     capacities = Capacities.of(plan, bucket(limit))
     state = first_state(models, [tokens], [limit], stack.eos_ids, capacities)
-    sampling, policy = Sampling.create(1, seed=seed, **options), Policy.of(plan)
+    sampling, policy = jax.device_put((Sampling.create(1, seed=seed, **options), Policy.of(plan)))
     tables = stack.tables if plan.uses_trigram else None
     names = (*stack.stage_names[: len(models)], "ngram")
     found = []

@@ -125,8 +125,7 @@ class Sampling:
             "typical_p": (typical_p, _mass),
             "seed": (seed, _seed),
         }
-        # Left on the host: the loop's call takes them along, and most of these are made only to
-        # be validated.
+        # Left on the host: most are made only to be validated.
         fields: dict[str, Any] = {
             name: np.stack([check(name, value) for value in per_row(values, batch, name)])
             for name, (values, check) in checks.items()

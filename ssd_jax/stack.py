@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Flat:
     """A tree of arrays that was flattened once. JAX flattens what it is called with at every call,
-    and NNX modules take it a millisecond or two."""
+    which takes a millisecond or two for NNX modules."""
 
     leaves: list[jax.Array]
     structure: Any = dataclasses.field(metadata={"static": True})
@@ -47,7 +47,8 @@ class Flat:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Everything ``generate`` needs.
+    """Everything ``generate`` needs. Models are taken as they are at the first text: for other
+    weights make another stack.
 
     Attributes:
       oracle: decides every token.
@@ -103,10 +104,12 @@ class Stack:
     def flat(self, drafts: int, trigram: bool) -> Flat:
         """What the loop takes of the stack: the oracle with so many of the drafts, and the n-gram
         if it is wanted."""
-        if (drafts, trigram) not in self._flat:
+        found = self._flat.get((drafts, trigram))
+        if found is None:
             models = (self.oracle, *self.drafts[:drafts])
-            self._flat[drafts, trigram] = Flat.of((models, self.tables if trigram else None))
-        return self._flat[drafts, trigram]
+            found = Flat.of((models, self.tables if trigram else None))
+            self._flat[drafts, trigram] = found
+        return found
 
     @functools.cached_property
     def _flat(self) -> dict[tuple[int, bool], Flat]:

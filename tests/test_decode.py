@@ -9,12 +9,14 @@ import pytest
 import reference
 import toys
 
+from ssd_jax import batch as batches
 from ssd_jax import decode as engine
 from ssd_jax.batch import first_state
 from ssd_jax.checkpoint import save_model
 from ssd_jax.compiled import cache_sized_copies, described, gpu_device
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy, prefill_passes
 from ssd_jax.sampling import Sampling
+from ssd_jax.stack import Flat
 
 TEXT = 64
 NGRAM = NGramPlan(levels=2, width=4, branch=2, match=3, match_prob=(0.2, 0.4, 0.6))
@@ -401,16 +403,10 @@ def lowered(stack, batch, place=lambda tree: tree, plan=None):
     plan = plan or plan_for(1)
     capacities = Capacities.of(plan, TEXT)
     models, state = start(stack, PROMPTS[:batch], 20, capacities)
-    arguments = (
-        models,
-        stack.tables,
-        state,
-        sampling_for("top_k", batch),
-        Policy.of(plan),
-        state.limit,
-    )
+    parts = Flat.of((models, stack.tables))
+    arguments = (parts, state, sampling_for("top_k", batch), Policy.of(plan), state.limit)
     caches = {x.shape for c in state.caches for x in (*c.keys, *c.values)}
-    return engine.decode.lower(*place(arguments), capacities=capacities), caches
+    return batches.decode.lower(*place(arguments), capacities=capacities), caches
 
 
 @pytest.mark.parametrize(

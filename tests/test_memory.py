@@ -142,10 +142,18 @@ def test_a_further_text_does_not_go_through_the_modules(monkeypatch):
     def walked(*_):
         raise AssertionError("went through a module")
 
+    program, called = batch._program, []
+
+    def seen(arguments, capacities):
+        called.append(jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, gpt2.GPT2)))
+        return program(arguments, capacities)
+
     monkeypatch.setattr(memory.nnx, "state", walked)
     monkeypatch.setattr("ssd_jax.stack.Flat.of", walked)
+    monkeypatch.setattr(batch, "_program", seen)
     again = ssd_jax.generate(stack, [1, 2, 3], max_new_tokens=4)
     assert again.stats.relative_bandwidth > 0
+    assert called and not any(isinstance(x, gpt2.GPT2) for leaves in called for x in leaves)
 
 
 def test_models_of_other_sizes_are_not_taken_for_each_other():

@@ -391,7 +391,7 @@ def test_divergence_equals_its_definition():
 
 @pytest.mark.parametrize("drawn_from", [3, 9])
 def test_the_same_draw_is_as_likely_as_draws_say(monkeypatch, drawn_from):
-    monkeypatch.setattr(loop, "DRAWN_FROM", drawn_from)
+    monkeypatch.setattr(losses, "DRAWN_FROM", drawn_from)
     random, draws = np.random.default_rng(0), 20_000
     p, q = random.normal(size=(2, 1, 4, 6)).astype(np.float32) * 2
     q[0, 0] = p[0, 0]

@@ -2,7 +2,8 @@
 
 Method: every prompt is decoded by all modes in turn, so that a disturbance of the machine hits
 them alike; a run that had to compile is not recorded but repeated; seconds are those of the whole
-call, from token ids to token ids, prompt included.
+call, from token ids to tokens and text, prompt included (before 2026-11-23 those of our own modes
+were the loop's, which on a slow CPU left out up to 50 ms).
 
 ``results.json`` (schema 3) holds
 
@@ -42,7 +43,7 @@ call, from token ids to token ids, prompt included.
     Table 1): mean over the prompts, weighted by new tokens
   ``overhead_share``
     1 - the seconds that its passes would take alone, prefill included, over its seconds (the
-    paper's 35 %); look-ups and tree work count as overhead
+    paper's 35 %); look-ups, tree work and what the host does count as overhead
   ``acceptance_by_depth``
     share of the rounds that commit more than 1, 2, ... tokens
   ``repetitive_share``

@@ -71,10 +71,10 @@ def timed(generate: Callable[[], GenerationResult], stack: Stack) -> Record:
       generate: decodes the prompt.
       stack: with what.
     """
-    result, seconds = _clocked(generate)
+    result, seconds = clocked(generate)
     compile_seconds = float(result.stats.compile_seconds)
     if compile_seconds > 0:
-        result, seconds = _clocked(generate)
+        result, seconds = clocked(generate)
     stats = result.stats
     return {
         "dtype": stack.oracle.numerics,
@@ -94,7 +94,7 @@ def timed(generate: Callable[[], GenerationResult], stack: Stack) -> Record:
     }
 
 
-def _clocked(generate: Callable[[], GenerationResult]) -> tuple[GenerationResult, float]:
+def clocked(generate: Callable[[], GenerationResult]) -> tuple[GenerationResult, float]:
     """The whole call, as peers are timed: the loop alone would leave out what comes before and
     after it."""
     started = time.perf_counter()
