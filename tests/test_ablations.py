@@ -6,7 +6,7 @@ import pytest
 import toys
 from test_cli import make_result
 
-from ssd_jax.benchmark import ablations, schemes
+from ssd_jax.benchmark import ablations, measure, schemes
 from ssd_jax.benchmark.ablations import BASELINE, Variant
 from ssd_jax.plan import Plan
 from ssd_jax.stack import Stack
@@ -75,15 +75,16 @@ def test_a_table_on_a_toy_stack():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Records what is generated; the first run of each plan compiles."""
-    calls = []
+    """Records what is generated; the first run of each plan compiles. The clock is theirs."""
+    calls, now = [], [0.0]
 
     def generate(stack, prompt, *, plan, seed, **options):
         compiles = plan not in [call[1] for call in calls]
         calls.append((prompt, plan, options.get("temperature", 0.0), seed))
-        seconds = 50.0 if compiles else 2.0 if plan == BASELINE.how else 1.0
-        return make_result(seconds=seconds, compile_seconds=3.0 * compiles)
+        now[0] += 50.0 if compiles else 2.0 if plan == BASELINE.how else 1.0
+        return make_result(compile_seconds=3.0 * compiles)
 
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(ablations, "generate", generate)
     return calls
 
