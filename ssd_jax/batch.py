@@ -173,13 +173,13 @@ class Batch:
                 alternatives=_traced_alternatives(alternatives, stack.vocab_size),
                 caches=caches,
             )
-            self._look()
             self._parts = stack.flat(len(plan.drafts), plan.uses_trigram)
             self._rest = jax.device_put((sampling, Policy.of(plan)))
-            arguments = (self._parts, self.state, *self._rest, self.limit)
+            arguments = (self._parts, self.state, *self._rest, self.state.limit)
             self._program, *self._compilation = _program(arguments, self.capacities)
         self.seconds = 0.0
         self.intact = True
+        self._look()
 
     def _look(self) -> None:
         """Fetch what callers ask for between two runs of the loop."""
@@ -373,9 +373,7 @@ def _program(arguments, capacities: Capacities) -> tuple[Callable, float, bool]:
     can be timed apart.
     """
     leaves, structure = jax.tree.flatten(arguments)
-    # What is on the host has no placement.
-    kinds = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
-    key = (capacities, structure, kinds)
+    key = (capacities, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves))
     with _programs_lock:
         if (program := _programs.pop(key, None)) is not None:
             _programs[key] = program

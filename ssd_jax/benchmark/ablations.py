@@ -24,7 +24,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ssd_jax.batch import GenerationResult
 from ssd_jax.benchmark import schemes
 from ssd_jax.benchmark.measure import clocked
 from ssd_jax.benchmark.schemes import Scheme
@@ -257,13 +256,7 @@ def _run(stack: Stack, prompt: list[int], how: Plan | Scheme, options: dict[str,
     if isinstance(how, Scheme):
         done = schemes.run(stack, how, prompt, **options)
         return _Run(done.tokens, done.passes, done.draft_passes)
-
-    def run() -> GenerationResult:
-        return generate(stack, prompt, plan=how, **options)
-
-    result, seconds = clocked(run)
-    if result.stats.compile_seconds > 0:
-        result, seconds = clocked(run)
+    result, seconds, _ = clocked(lambda: generate(stack, prompt, plan=how, **options))
     stats = result.stats
     return _Run(
         result.tokens,

@@ -65,16 +65,13 @@ def combination(record: Record) -> tuple[int, str, int]:
 
 
 def timed(generate: Callable[[], GenerationResult], stack: Stack) -> Record:
-    """Run; once more if that compiled. The part of a record that a run of ours gives.
+    """The part of a record that a run of ours gives.
 
     Args:
       generate: decodes the prompt.
       stack: with what.
     """
-    result, seconds = clocked(generate)
-    compile_seconds = float(result.stats.compile_seconds)
-    if compile_seconds > 0:
-        result, seconds = clocked(generate)
+    result, seconds, compile_seconds = clocked(generate)
     stats = result.stats
     return {
         "dtype": stack.oracle.numerics,
@@ -94,12 +91,23 @@ def timed(generate: Callable[[], GenerationResult], stack: Stack) -> Record:
     }
 
 
-def clocked(generate: Callable[[], GenerationResult]) -> tuple[GenerationResult, float]:
-    """The whole call, as peers are timed: the loop alone would leave out what comes before and
-    after it."""
-    started = time.perf_counter()
-    result = generate()
-    return result, time.perf_counter() - started
+def clocked(generate: Callable[[], GenerationResult]) -> tuple[GenerationResult, float, float]:
+    """Run; once more if that compiled.
+
+    Returns:
+      What came of it; the seconds of the whole call, as peers are timed, since the loop alone would
+      leave out what comes before and after it; and those that the first run compiled for.
+    """
+
+    def once() -> tuple[GenerationResult, float]:
+        started = time.perf_counter()
+        return generate(), time.perf_counter() - started
+
+    result, seconds = once()
+    compile_seconds = float(result.stats.compile_seconds)
+    if compile_seconds > 0:
+        result, seconds = once()
+    return result, seconds, compile_seconds
 
 
 def told_by_a_peer(run: PeerRun, dtype: str, prompt: Sequence[int], stack: Stack) -> Record:
