@@ -180,7 +180,11 @@ def default_dtype() -> str:
 
 
 def load_model(
-    path_or_name: str | os.PathLike, *, dtype: Any = "float32", exact: bool = False
+    path_or_name: str | os.PathLike,
+    *,
+    dtype: Any = "float32",
+    exact: bool = False,
+    turned: bool = False,
 ) -> GPT2:
     """A GPT-2 with the weights of a folder, or of a model on the Hugging Face hub.
 
@@ -192,16 +196,17 @@ def load_model(
         kernels and token embeddings to 8 bits (:mod:`ssd_jax.int8`), with attention and cache of
         the type that suits the backend. Weights stored in 8 bits stay so with every ``dtype``.
       exact: as for :class:`~ssd_jax.gpt2.GPT2`.
+      turned: likewise.
 
     Raises:
       CheckpointError: something is missing, damaged, unexpected, misshapen or not finite.
       ConfigError: ``config.json`` or ``dtype`` asks for something unsupported.
     """
     folder = files.locate(path_or_name, _MODEL_FILES)
-    result = abstract_model(folder, dtype=dtype, exact=exact)
+    result = abstract_model(folder, dtype=dtype, exact=exact, turned=turned)
     config, operands = result.config, result.dtype
     rounded = result.numerics == "int8" and not _holds_int8(folder)
-    turned = result.exact and result.numerics != "int8"
+    turned = result.turned and result.numerics != "int8"
     if not _weight_files(folder):
         folder = files.locate(path_or_name, _OTHER_MODEL_FILES)
     path, tensors = _open_weights(folder)
@@ -233,7 +238,11 @@ def load_model(
 
 
 def abstract_model(
-    path_or_name: str | os.PathLike, *, dtype: Any = "float32", exact: bool = False
+    path_or_name: str | os.PathLike,
+    *,
+    dtype: Any = "float32",
+    exact: bool = False,
+    turned: bool = False,
 ) -> GPT2:
     """What :func:`load_model` would give, with shapes in place of weights: of a hub's model only
     ``config.json`` is fetched. Arguments and errors are the same."""
@@ -242,7 +251,7 @@ def abstract_model(
     eight = rounded or _holds_int8(path_or_name)
     config = load_config(path_or_name)
     stored = jnp.int8 if eight else operands
-    return gpt2.abstract(config, dtype=operands, param_dtype=stored, exact=exact)
+    return gpt2.abstract(config, dtype=operands, param_dtype=stored, exact=exact, turned=turned)
 
 
 def _holds_int8(path_or_name: str | os.PathLike) -> bool:
@@ -258,9 +267,8 @@ def quantize(model: GPT2) -> GPT2:
     """
     if model.exact or model.numerics == "int8":
         raise ConfigError("8 bits are made of the original; load it without exact or int8")
-    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     rounded = gpt2.abstract(model.config, dtype=model.dtype, param_dtype=jnp.int8)
-    return _with_weights(rounded, gpt2.quantized((keys, param[...]) for keys, param in params))
+    return _with_weights(rounded, gpt2.quantized(gpt2.unturned(model)))
 
 
 def _with_weights(model: GPT2, values: Iterable[tuple[tuple, Any]]) -> GPT2:
@@ -505,14 +513,10 @@ def save_model(
     folder = Path(folder)
     target = None if dtype is None else _parse_dtype(dtype)
     eight = model.numerics == "int8"
-    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    values = ((keys, param[...]) for keys, param in params)
-    if model.exact and not eight:
-        values = gpt2.turned(values)
     if eight and target is not None:
         raise ConfigError(f"8-bit weights cannot be saved as {target.name}; leave dtype out")
     tensors = {}
-    for keys, value in values:
+    for keys, value in gpt2.unturned(model):
         name = _hf_name(keys)
         name = name if name == "lm_head.weight" else f"transformer.{name}"
         tensors[name] = _to_finite(np.asarray(value), target or value.dtype, f"tensor {name!r}")

@@ -2,7 +2,7 @@
 
 Modules and parameters carry the names of the Hugging Face implementation, so that
 :mod:`ssd_jax.checkpoint` maps one onto the other by name alone. Kernels are ``[in, out]``, as
-in Hugging Face's ``Conv1D``; nothing is transposed.
+in Hugging Face's ``Conv1D``, or in a ``turned`` model ``[out, in]``.
 
 Numerics: the residual stream, layer norms, biases, attention scores and softmax are float32.
 Matrix products take operands of ``model.dtype`` and accumulate in float32; float32 operands
@@ -39,8 +39,10 @@ _FUSED_ROWS = 16
 # An exact model's product has at least two rows on a CPU, since one alone is no matrix product to
 # XLA, and elsewhere a multiple of so many, on which the library's choice of a kernel depends.
 _EXACT_TILE = 32
-# Up to so many rows the head's table stands on the left of its product on a CPU.
-_FEW_ROWS = 64
+# Up to so many rows weights stand on the left of their product on a CPU.
+_FEW_ROWS = 128
+# Into so many parts a product of one row is cut there, whichever first divides the outputs.
+_PARTS = (8, 4, 2, *range(3, 64, 2))
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
@@ -168,20 +170,31 @@ def _exact_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
     return _by_rows(x, filled, lambda rows: _product("ri,oi->ro", rows, weights, dtype))
 
 
-def _table_product(x: jax.Array, table: jax.Array, dtype) -> jax.Array:
-    """``[B, T, in]`` times ``[out, in]``."""
+def _turned_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
+    """``[B, T, in]`` times ``[out, in]``, as fast as XLA can be made to on a CPU."""
     count = math.prod(x.shape[:-1])
-    rearranged = dtype == jnp.float32 and jax.default_backend() == "cpu"
-    if not rearranged or not 1 < count <= _FEW_ROWS:
-        return _product("bte,ve->btv", x, table, dtype)
+    if dtype != jnp.float32 or jax.default_backend() != "cpu" or count > _FEW_ROWS:
+        return _product("bti,oi->bto", x, weights, dtype)
+    if count == 1:
+        return _one_row_product(x, weights, dtype)
 
     def turned(rows: jax.Array) -> jax.Array:
         # Without a barrier XLA would turn the product round.
-        return lax.optimization_barrier(_product("ve,re->vr", table, rows, dtype)).T
+        return lax.optimization_barrier(_product("oi,ri->or", weights, rows, dtype)).T
 
-    # With the table on the left XLA's library does not rearrange it: two thirds of the time for 2
-    # to 4 rows and for multiples of 8.
+    # With the weights on the left XLA's library does not rearrange them: half to two thirds of the
+    # time for 2 to 4 rows and for multiples of 8.
     return _by_rows(x, count if count <= 4 else _multiple(count, 8), turned)
+
+
+def _one_row_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
+    """:func:`_turned_product` of one row: XLA computes it on one thread, and parts of it side by
+    side."""
+    outputs, inputs = weights.shape
+    parts = next((count for count in _PARTS if outputs % count == 0), 1)
+    row = jnp.broadcast_to(x.reshape(inputs), (parts, inputs))
+    out = _product("pi,poi->po", row, weights.reshape(parts, -1, inputs), dtype)
+    return out.reshape(*x.shape[:-1], outputs)
 
 
 def _by_rows(x: jax.Array, filled: int, product: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -198,7 +211,7 @@ def _multiple(count: int, tile: int) -> int:
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with an ``[in, out]`` kernel; an int8 or exact one is ``[out, in]``."""
+    """``x @ kernel + bias`` with an ``[in, out]`` kernel, or a ``turned`` one of ``[out, in]``."""
 
     def __init__(
         self,
@@ -210,9 +223,9 @@ class Linear(nnx.Module):
         param_dtype,
         activations8: bool,
         exact: bool,
+        turned: bool,
         rngs: nnx.Rngs,
     ):
-        turned = exact or param_dtype == jnp.int8
         shape = (n_out, n_in) if turned else (n_in, n_out)
         self.kernel = _weights(shape, std, param_dtype, rngs)
         self.kernel_scale = _scales(n_out, param_dtype)
@@ -220,6 +233,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.activations8 = activations8
         self.exact = exact
+        self.turned = turned
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kernel_scale is not None:
@@ -227,6 +241,8 @@ class Linear(nnx.Module):
             out = int8.product(x, *eight, dtype=self.dtype, activations=self.activations8)
         elif self.exact:
             out = _exact_product(x, self.kernel[...], self.dtype)
+        elif self.turned:
+            out = _turned_product(x, self.kernel[...], self.dtype)
         else:
             out = _product("bti,io->bto", x, self.kernel[...], self.dtype)
         return out + self.bias[...]
@@ -383,6 +399,8 @@ class GPT2(nnx.Module):
         layout anywhere. By default what suits the backend.
       exact: logits depend on a token's own path alone, to the bit, see above. Always so with
         ``activations8``, and never with 8-bit weights otherwise.
+      turned: kernels are ``[out, in]``, the faster layout to decode with in float32 on a CPU;
+        always so if ``exact`` or of int8.
       rngs: initial weights are drawn from ``rngs.params``.
     """
 
@@ -395,6 +413,7 @@ class GPT2(nnx.Module):
         activations8: bool | None = None,
         attention: str | None = None,
         exact: bool = False,
+        turned: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -404,6 +423,7 @@ class GPT2(nnx.Module):
             activations8 = jax.default_backend() == "cpu"
         self.activations8 = activations8 and stored == jnp.int8
         self.exact = self.activations8 or (exact and stored != jnp.int8)
+        self.turned = turned or self.exact or stored == jnp.int8
         suitable = "einsum" if self.exact else _default_attention(config, self.dtype)
         self.attention = attention or suitable
         kinds: dict[str, Any] = dict(
@@ -411,6 +431,7 @@ class GPT2(nnx.Module):
             param_dtype=stored,
             activations8=self.activations8,
             exact=self.exact,
+            turned=self.turned,
             rngs=rngs,
         )
 
@@ -501,7 +522,7 @@ class GPT2(nnx.Module):
         if scale is None and self.exact:
             return _exact_product(x, head[...], self.dtype)
         if scale is None:
-            return _table_product(x, head[...], self.dtype)
+            return _turned_product(x, head[...], self.dtype)
         eight = (head[...], scale[...])
         return int8.product(x, *eight, dtype=self.dtype, activations=self.activations8)
 
@@ -513,10 +534,17 @@ class GPT2(nnx.Module):
 
 
 def turned(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:
-    """What an exact model has in place of another one's parameters, and the other way round: paths
+    """What a turned model has in place of another one's parameters, and the other way round: paths
     (as from ``nnx.to_flat_state``) and values, of which kernels are transposed."""
     for path, value in params:
         yield path, value.T if path[-1] == "kernel" else value
+
+
+def unturned(model: GPT2) -> Iterator[tuple[tuple, Any]]:
+    """Paths (as from ``nnx.to_flat_state``) and values of a model's parameters, with kernels
+    ``[in, out]`` unless they are int8."""
+    params = ((path, param[...]) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    return turned(params) if model.turned and model.numerics != "int8" else params
 
 
 def quantized(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:

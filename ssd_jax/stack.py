@@ -258,7 +258,8 @@ def _model(source: PathLike | GPT2, dtype: str, exact: bool = False) -> GPT2:
     if isinstance(source, GPT2):
         return source
     _LOG.info("loading %s", source)
-    return checkpoint.load_model(source, dtype=dtype, exact=exact)
+    turned = dtype == "float32" and jax.default_backend() == "cpu"
+    return checkpoint.load_model(source, dtype=dtype, exact=exact, turned=turned)
 
 
 def _ngram(source: PathLike | KatzModel | None) -> KatzModel | None:

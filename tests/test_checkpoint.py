@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from ssd_jax import checkpoint
 from ssd_jax.errors import CheckpointError, ConfigError, SsdError
 from ssd_jax.gpt2 import GPT2, GPT2Config
+from ssd_jax.training.surgery import widen
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -87,6 +88,16 @@ def test_saved_model_loads_with_equal_config_and_bits(tiny, folder):
     assert loaded.config == TINY
     assert_same_weights(loaded, tiny)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
+def test_a_turned_model_is_the_same_model(tiny, folder, tmp_path):
+    turned = checkpoint.load_model(folder, turned=True)
+    shapes = [model.h[0].mlp.c_fc.kernel[...].shape for model in (tiny, turned)]
+    assert shapes == [(8, 20), (20, 8)]
+    checkpoint.save_model(turned, tmp_path / "again")
+    assert_same_weights(checkpoint.load_model(tmp_path / "again"), tiny)
+    assert_same_weights(checkpoint.quantize(turned), checkpoint.quantize(tiny))
+    assert_same_weights(widen(turned, width=16, layers=3), widen(tiny, width=16, layers=3))
 
 
 def test_shards_hold_the_same_model_within_their_limit(tiny, tmp_path):

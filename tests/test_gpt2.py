@@ -44,25 +44,27 @@ def random_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
 # ------------------------------------------------------------------ parity with transformers
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_agree_with_golden(name):
+def test_logits_agree_with_golden(name, turned):
     expected = load_file(GOLDEN / name / "expected.safetensors")
-    logits, cache = checkpoint.load_model(GOLDEN / name)(expected["tokens"])
+    logits, cache = checkpoint.load_model(GOLDEN / name, turned=turned)(expected["tokens"])
     assert cache is None and logits.dtype == jnp.float32
     assert expected["logits"].std() > 1000 * TOLERANCE
     np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("outputs", [61, 64, 67, 87])
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 2), (1, 5), (1, 12), (3, 4), (2, 40), (1, 64), (1, 65)]
+    "shape", [(1, 1), (1, 2), (1, 5), (1, 12), (3, 4), (2, 40), (1, 128), (1, 129)]
 )
-def test_a_heads_product_is_the_same_for_any_number_of_rows(shape):
+def test_a_turned_product_is_the_same_for_any_number_of_rows(shape, outputs):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(*shape, 24)).astype(np.float32)
-    table = rng.normal(size=(61, 24)).astype(np.float32)
-    product = jax.jit(gpt2._table_product, static_argnums=2)(x, table, jnp.dtype("float32"))
+    weights = rng.normal(size=(outputs, 24)).astype(np.float32)
+    product = jax.jit(gpt2._turned_product, static_argnums=2)(x, weights, jnp.dtype("float32"))
     assert product.dtype == jnp.float32
-    np.testing.assert_allclose(product, x @ table.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(product, x @ weights.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ssd_jax.errors import ConfigError
-from ssd_jax.gpt2 import GPT2, GPT2Config, abstract
+from ssd_jax.gpt2 import GPT2, GPT2Config, abstract, unturned
 
 
 def in_float32(model: GPT2) -> GPT2:
@@ -159,7 +159,7 @@ def _weights(model: GPT2) -> dict[str, Any]:
     """
     if model.exact or model.numerics == "int8":
         raise ConfigError("weights of 8 bits or of an exact model; start from the original")
-    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.from_flat_state(list(unturned(model)))))
 
 
 def _model(config: GPT2Config, weights: dict[str, Any], dtype: Any) -> GPT2:
