@@ -17,7 +17,7 @@ from flax import nnx
 
 from ssd_jax import checkpoint, memory, shipped
 from ssd_jax.errors import CheckpointError, ConfigError, VocabularyMismatchError
-from ssd_jax.gpt2 import GPT2
+from ssd_jax.gpt2 import GPT2, decodes_turned
 from ssd_jax.ngram import KatzModel, NGramTables
 from ssd_jax.plan import MAX_TRIGRAM_BRANCH, Capacities, Plan
 from ssd_jax.tokenizer import Tokenizer
@@ -258,8 +258,7 @@ def _model(source: PathLike | GPT2, dtype: str, exact: bool = False) -> GPT2:
     if isinstance(source, GPT2):
         return source
     _LOG.info("loading %s", source)
-    turned = dtype == "float32" and jax.default_backend() == "cpu"
-    return checkpoint.load_model(source, dtype=dtype, exact=exact, turned=turned)
+    return checkpoint.load_model(source, dtype=dtype, exact=exact, turned=decodes_turned(dtype))
 
 
 def _ngram(source: PathLike | KatzModel | None) -> KatzModel | None:
