@@ -185,7 +185,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class MainLoop:
-    """A program's outermost ``while`` loop.
+    """A program's last outermost ``while`` loop.
 
     Attributes:
       name: of the instruction.
@@ -201,7 +201,7 @@ class MainLoop:
 
 
 def main_loop(hlo: str) -> MainLoop:
-    """The outermost loop that launches most.
+    """The last of the outermost loops: what stands before it, as prefill does, may launch more.
 
     Raises:
       ValueError: the program has no loop.
@@ -214,7 +214,7 @@ def main_loop(hlo: str) -> MainLoop:
             loops.append(MainLoop(match.group(2), *_launched(every, called([line]))))
     if not loops:
         raise ValueError("the program has no loop")
-    return max(loops, key=lambda loop: len(loop.kernels))
+    return loops[-1]
 
 
 def in_a_graph(log: str, name: str) -> bool:

@@ -18,6 +18,7 @@ from jax import lax
 
 from ssd_jax import stages
 from ssd_jax import tree as trees
+from ssd_jax.carry import while_loop
 from ssd_jax.kv_cache import KVCache, settle
 from ssd_jax.ngram import NGramTables
 from ssd_jax.pacing import Pace, after_round, best_width
@@ -205,18 +206,25 @@ def decode(
       capacities: static.
     """
 
-    def unfinished(state: DecodeState) -> jax.Array:
+    # Not carried, as no round changes it.
+    fixed = dict(start=state.start, limit=state.limit, eos=state.eos)
+    elsewhere: Any = dict.fromkeys(fixed)
+
+    def unfinished(carry) -> jax.Array:
+        state, _ = carry
         return jnp.any((state.finish == RUNNING) & (state.length < yield_at))
 
     def step(carry):
         state, noise = carry
+        state = dataclasses.replace(state, **fixed)
         noise = noise_ahead(models, state, sampling, capacities, noise)
         state, *_ = speculative_step(models, tables, state, sampling, policy, capacities, noise)
-        return state, noise
+        return dataclasses.replace(state, **elsewhere), noise
 
     state = prefill(models, tables, state, sampling, policy, capacities)
     noise = noise_ahead(models, state, sampling, capacities)
-    state, _ = lax.while_loop(lambda carry: unfinished(carry[0]), step, (state, noise))
+    state, _ = while_loop(unfinished, step, (dataclasses.replace(state, **elsewhere), noise))
+    state = dataclasses.replace(state, **fixed)
     return dataclasses.replace(state, caches=(settle(state.caches[0]), *state.caches[1:]))
 
 
@@ -336,7 +344,8 @@ def plant(rnd: Round, caches: tuple[KVCache, ...]) -> TokenTree:
     trunk = at(rnd.text, rnd.position(depth))
     cached = tuple(cache.length for cache in caches)
     growable = rnd.growable(trunk, depth)
-    return trees.plant(trunk, rnd.length, rnd.capacities.nodes, growable, cached)
+    levels = jnp.where(rnd.drafting, rnd.policy.levels, 0)
+    return trees.plant(trunk, rnd.length, rnd.capacities.nodes, growable, cached, levels)
 
 
 @jax.tree_util.register_dataclass

@@ -367,7 +367,7 @@ class Capacities:
         for draft in plan.drafts:
             passes.append(max(calls * draft.rounds, 1))
             calls *= draft.rounds + 1
-        ngram = plan.ngram
+        ngram = plan.ngram if plan.ngram is not None and plan.ngram.levels else None
         width = min(plan.width, plan.nodes + 1)
         return cls(
             text=text,
@@ -419,7 +419,8 @@ class Policy:
       threshold: ``[M - 1]`` float32, natural log.
       prior: ``[M - 1, 2]`` float32, (greedy, sampled) of each draft.
       tau: ``[M, 2]`` float32, (greedy, sampled) of each draft and, last, the n-gram stage.
-      levels, ngram_width, ngram_branch: int32, of the n-gram stage.
+      levels, ngram_width, ngram_branch: int32, of the n-gram stage. At least one level, of no
+        width where the plan has none.
       match_log_prob: ``[match]`` float32, by matched length from 1.
       depth: int32.
       floor: float32, natural log.
@@ -469,8 +470,8 @@ class Policy:
             threshold=logs([d.threshold for d in drafts]),
             prior=floats([(d.prior_greedy, d.prior_sampled) for d in drafts]),
             tau=floats([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)]),
-            levels=ints(ngram.levels),
-            ngram_width=ints(ngram.width),
+            levels=ints(max(ngram.levels, 1)),
+            ngram_width=ints(ngram.width if ngram.levels else 0),
             ngram_branch=ints(ngram.branch),
             match_log_prob=logs(probs),
             depth=ints(plan.depth),

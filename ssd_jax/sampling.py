@@ -44,9 +44,9 @@ class Draw:
     Attributes:
       temperature: ``[B]`` float32; 0 is greedy.
       top_k: ``[B]`` float32; infinity excludes nothing.
-      top_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing. ``None`` where no row has any and
-        there are no processors: then nothing is weighed.
-      min_p: ``[B]`` float32 in [0, 1]; 0 excludes nothing.
+      top_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing. ``None`` where no row has top-p or min-p
+        and there are no processors: then nothing is weighed.
+      min_p: ``[B]`` float32 in [0, 1]; 0 excludes nothing. ``None`` where ``top_p`` is.
       typical_p: ``[B]`` float32 in (0, 1]; 1 excludes nothing. ``None`` where processors are.
       seed: ``[B, 2]`` uint32, the two key words of the noise.
     """
@@ -54,7 +54,7 @@ class Draw:
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array | None
-    min_p: jax.Array
+    min_p: jax.Array | None
     typical_p: jax.Array | None
     seed: jax.Array
 
@@ -74,8 +74,8 @@ class Sampling:
     """How each batch row chooses its tokens.
 
     What is ``None`` is not in the compiled program. There are four such programs: neither field;
-    ``draw`` alone, without top-p and with it; and both. Values of options, and which of the others
-    are on, are traced.
+    ``draw`` alone, without top-p and min-p and with them; and both. Values of options, and which
+    of the others are on, are traced.
 
     Attributes:
       draw: ``None`` if every row is greedy and without processors.
@@ -140,8 +140,8 @@ class Sampling:
             if not fields["temperature"].any():
                 return cls(None, None)
             fields["typical_p"] = None
-            if (fields["top_p"] == 1).all():
-                fields["top_p"] = None
+            if (fields["top_p"] == 1).all() and not fields["min_p"].any():
+                fields["top_p"] = fields["min_p"] = None
         return cls(Draw(**fields), processed)
 
 
@@ -224,12 +224,13 @@ def gumbel_noise(draw: Draw, positions: jax.Array, vocab_size: int) -> jax.Array
     Returns:
       ``[B, Q, V]`` float32.
     """
-    seed = draw.seed[:, :, None, None]
-    counter = (
-        positions.astype(jnp.uint32)[:, :, None],
-        lax.broadcasted_iota(jnp.uint32, (1, 1, vocab_size), 2),
-    )
-    bits, _ = threefry2x32((seed[:, 0], seed[:, 1]), counter)
+    token = lax.broadcasted_iota(jnp.uint32, (1, 1, vocab_size), 2)
+    return _gumbel(draw.seed[:, :, None, None], positions[:, :, None], token)
+
+
+def _gumbel(seed: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
+    """Gumbel noise, float32, for seeds ``[B, 2, ...]``, positions and tokens ``[B, ...]``."""
+    bits, _ = threefry2x32((seed[:, 0], seed[:, 1]), (position.astype(jnp.uint32), token))
     # Minus log of an exponential. The uniform is small where the noise is large, so that
     # float32 resolves the upper tail (to about 22.9) and never reaches an infinity.
     uniform = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
@@ -242,7 +243,7 @@ class Noise:
     """The noise of the next Q positions of each row, of which most outlive a round.
 
     Attributes:
-      values: ``[B, Q, V]`` float32; that of position t is entry t modulo Q.
+      values: ``[B, Q, V]`` float32; that of position t is entry t modulo Q, a power of two.
       end: ``[B]`` int32; positions before it have been drawn.
     """
 
@@ -251,8 +252,13 @@ class Noise:
 
     @classmethod
     def undrawn(cls, batch: int, size: int, vocab_size: int) -> Noise:
-        """Room for ``size`` positions a row."""
+        """Room for at least ``size`` positions a row."""
+        size = 1 << (size - 1).bit_length()
         return cls(jnp.zeros((batch, size, vocab_size)), jnp.zeros((batch,), jnp.int32))
+
+    def entry(self, position: jax.Array) -> jax.Array:
+        """Where the noise of some positions is, by a mask: on a GPU a remainder is a kernel."""
+        return position & (self.values.shape[1] - 1)
 
     def drawn(self, draw: Draw, first: jax.Array) -> Noise:
         """With the noise of the positions from ``first`` ``[B]`` on, where a row samples."""
@@ -271,7 +277,7 @@ class Noise:
             fresh = gumbel_noise(draw, position[:, None], vocab_size)
             values = noise.values
             for row in range(batch):
-                start = (row, position[row] % size, 0)
+                start = (row, self.entry(position[row]), 0)
                 values = lax.dynamic_update_slice(values, fresh[row : row + 1], start)
             return Noise(values, jnp.minimum(noise.end + 1, goal))
 
@@ -279,9 +285,13 @@ class Noise:
         return lax.while_loop(lambda noise: jnp.any(noise.end < goal), one_more, start)
 
     def _draw_all(self, draw: Draw, first: jax.Array) -> Noise:
-        _, size, vocab_size = self.values.shape
-        position = first[:, None] + (jnp.arange(size) - first[:, None]) % size
-        return Noise(gumbel_noise(draw, position, vocab_size), first + size)
+        batch, size, vocab_size = self.values.shape
+        # Of one flat index, all of it is one kernel: of several axes XLA makes parts beforehand.
+        index = lax.broadcasted_iota(jnp.uint32, (batch, size * vocab_size), 1)
+        entry, token = (index // vocab_size).astype(jnp.int32), index % vocab_size
+        position = first[:, None] + self.entry(entry - first[:, None])
+        values = _gumbel(draw.seed[:, :, None], position, token)
+        return Noise(values.reshape(self.values.shape), first + size)
 
 
 def perturb(log_prob: jax.Array, noise: jax.Array | float, draw: Draw | None) -> jax.Array:
@@ -307,15 +317,14 @@ def warp(logits: jax.Array, draw: Draw, rough: bool = False) -> jax.Array:
       ``[B, W, V]`` float32 unnormalised log-weights.
     """
     scaled = draw.scale(logits)
-    best = jnp.max(scaled, axis=-1)
-    if draw.top_p is None and rough:
-        least = _rough_count_threshold(scaled, draw.top_k)
-    elif draw.top_p is None:
-        least = _count_threshold(scaled, best, draw.top_k)
+    if draw.top_p is None or draw.min_p is None:
+        by_count = _rough_count_threshold if rough else _count_threshold
+        least = by_count(scaled, draw.top_k)
     else:
+        best = jnp.max(scaled, axis=-1)
         weight, slack = _weights(scaled, best), _SLACK if rough else 0.0
         least = _threshold(scaled, weight, best, draw.top_k, draw.top_p, slack)
-    least = jnp.maximum(least, _least_probable(best, draw))
+        least = jnp.maximum(least, _least_probable(best, draw.min_p))
     kept = jnp.where(scaled >= least[..., None], scaled, -jnp.inf)
     if draw.typical_p is None:
         return kept
@@ -328,9 +337,9 @@ def _weights(scaled: jax.Array, best: jax.Array) -> jax.Array:
     return jnp.exp(scaled - best[..., None])
 
 
-def _least_probable(best: jax.Array, draw: Draw) -> jax.Array:
+def _least_probable(best: jax.Array, min_p: jax.Array) -> jax.Array:
     """``[B, W]`` float32, the least scaled logit that min-p keeps, given the greatest."""
-    return best + jnp.log(draw.min_p)[:, None]
+    return best + jnp.log(min_p)[:, None]
 
 
 def _typical(kept: jax.Array, share: jax.Array, slack: float) -> jax.Array:
@@ -410,12 +419,12 @@ def _above_all(best: jax.Array) -> jax.Array:
     return best + jnp.maximum(jnp.abs(best) * 1e-6, 1.0)
 
 
-def _count_threshold(values: jax.Array, best: jax.Array, count: jax.Array) -> jax.Array:
+def _count_threshold(values: jax.Array, count: jax.Array) -> jax.Array:
     """The least value that is kept if a row keeps its ``count`` greatest ones.
 
     Arguments and result as of :func:`_threshold`, which does the same with a share of 1.
     """
-    count = count[:, None]
+    best, count = jnp.max(values, axis=-1), count[:, None]
 
     def searching(bounds: _Bounds) -> jax.Array:
         return jnp.any((bounds.more > count) & ~bounds.exhausted)
@@ -447,7 +456,8 @@ def _rough_count_threshold(values: jax.Array, count: jax.Array) -> jax.Array:
     maxima = jnp.max(values[..., :whole].reshape(*values.shape[:-1], -1, groups), axis=-2)
     rest = ((0, 0), (0, 0), (0, groups - vocab + whole))
     maxima = jnp.maximum(maxima, jnp.pad(values[..., whole:], rest, constant_values=-jnp.inf))
-    without = jnp.maximum(1 - count / vocab, 0.0) ** (vocab / groups)
+    # To a whole power, which is a few products that fuse with what follows.
+    without = jnp.maximum(1 - count / vocab, 0.0) ** (vocab // groups)
     goal = groups * (1 - without)[:, None] - 0.5
     # The reduced axis is not the last one: XLA vectorises over that on a CPU.
     number = jnp.sum((maxima[..., :, None] >= maxima[..., None, :]).astype(jnp.float32), axis=-2)
@@ -625,34 +635,32 @@ def _try_best(scaled: jax.Array, scored: jax.Array, draw: Draw) -> tuple[jax.Arr
       scored: ``[B, W, V]`` float32, the same with noise.
       draw: the options of each row, typical-p left out.
     """
-    best = jnp.max(scaled, axis=-1)
-    least = _least_probable(best, draw)
-    if draw.top_p is None:
+    count, share = draw.top_k, draw.top_p
+    if share is None or draw.min_p is None:
 
-        def light(own: jax.Array) -> jax.Array:
-            return _number(scaled > own[..., None]) < draw.top_k[:, None]
+        def keeps(own: jax.Array) -> jax.Array:
+            """Which tokens are kept, of one a row whose scaled logits are given ``[B, W]``."""
+            return _number(scaled > own[..., None]) < count[:, None]
     else:
-        count, share = draw.top_k, draw.top_p
+        best = jnp.max(scaled, axis=-1)
         weight = _weights(scaled, best)
         # What top-k leaves must be known before top-p takes its share: a trial could not tell.
         both = (count < jnp.inf) & (share < 1)
         first = (jnp.where(both, count, jnp.inf), jnp.where(both, share, 1.0))
-        least = jnp.maximum(least, _threshold(scaled, weight, best, *first))
+        least = _threshold(scaled, weight, best, *first)
+        least = jnp.maximum(least, _least_probable(best, draw.min_p))
         enough = jnp.where(share < 1, share, jnp.inf)[:, None] * jnp.sum(weight, axis=-1)
 
-        def light(own: jax.Array) -> jax.Array:
+        def keeps(own: jax.Array) -> jax.Array:
             number, mass = _above(scaled > own[..., None], weight)
-            return (number < count[:, None]) & (mass < enough)
-
-    def keeps(own: jax.Array) -> jax.Array:
-        """Which tokens are kept, of one in each row whose scaled logits are given ``[B, W]``."""
-        return light(own) & (own >= least)
+            return (number < count[:, None]) & (mass < enough) & (own >= least)
 
     def trial(state: jax.Array) -> jax.Array:
-        excluded = state[0]
-        live = jnp.where(scaled > excluded[..., None], scored, -jnp.inf)
+        live = jnp.where(scaled > state[0][..., None], scored, -jnp.inf)
         token, margin = best_two(live)
         own = take(scaled, token[..., None], axis=-1)[..., 0]
+        # Read once more behind a barrier, XLA writes the new state over the old one.
+        excluded, own = lax.optimization_barrier(jnp.stack([state[0], own]))
         # Without progress (logits that are not numbers) the token stands.
         kept = keeps(own) | ~(own > excluded)
         return jnp.stack(
@@ -665,7 +673,7 @@ def _try_best(scaled: jax.Array, scored: jax.Array, draw: Draw) -> tuple[jax.Arr
         )
 
     # One array, as a loop carries each with kernels of its own; float32 holds any token exactly.
-    start = jnp.zeros((4, *best.shape)).at[0].set(-jnp.inf)
+    start = jnp.zeros((4, *scaled.shape[:2])).at[0].set(-jnp.inf)
     found = lax.while_loop(lambda state: ~jnp.all(state[3] > 0), trial, start)
     return found[1].astype(jnp.int32), found[2]
 

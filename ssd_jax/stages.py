@@ -77,8 +77,10 @@ class Round:
         return self.length[:, None] - 1 + depth
 
     def noise_after(self, tree: TokenTree, nodes: jax.Array) -> jax.Array:
-        """``[B, W]`` int32, which of the noise's entries decides the children of some nodes."""
-        return (self.position(at(tree.depth, nodes)) + 1) % (self.capacities.depth + 1)
+        """``[B, W]`` int32, which of the noise's entries decides the children of some nodes; their
+        positions where there is no noise."""
+        position = self.position(at(tree.depth, nodes)) + 1
+        return position if self.noise is None else self.noise.entry(position)
 
     def tau(self, stage: int) -> jax.Array:
         """``[B]`` float32 calibration of a proposing stage."""
@@ -243,8 +245,10 @@ def commit(
     index = behind[:, None] + jnp.arange(path.shape[1])
     slots = at(slot, at(path, index))
     have = (index >= 0) & (index < known[:, None]) & (slots >= 0)
-    place = jnp.arange(path.shape[1], dtype=jnp.int32)
-    count = jnp.min(jnp.where(have, path.shape[1], place), axis=1)  # those before the first gap
+    # Those before the first gap, of which there is one at the end.
+    have = jnp.pad(have, ((0, 0), (0, 1)))
+    place = jnp.arange(have.shape[1], dtype=jnp.int32)
+    count = jnp.min(jnp.where(have, place[-1], place), axis=1)
     count = jnp.clip(count, 0, jnp.maximum(length - 1 - cache.length, 0))
     return keep(cache, jnp.maximum(slots, 0), count)
 
@@ -261,7 +265,7 @@ def grow(
       caches: the drafts', first draft first.
     """
     if stage == len(rnd.models):
-        return (tree if rnd.capacities.ngram is None else _grow_ngram(rnd, tree)), caches
+        return _grow_ngram(rnd, tree), caches
     draft = stage - 1
     threshold = rnd.policy.threshold[draft]
     begun = tree.passes(stage)
@@ -274,18 +278,22 @@ def grow(
         return jnp.any(room & (best >= threshold) & (best > -jnp.inf))
 
     def one_pass(carry):
-        _, tree, caches = carry
+        tree, caches = carry
         tree, cache = _draft_pass(rnd, stage, tree, caches[draft])
-        return jnp.bool(False), tree, (*caches[:draft], cache, *caches[draft + 1 :])
+        return tree, (*caches[:draft], cache, *caches[draft + 1 :])
 
     def one_round(carry):
         _, tree, caches = carry
         tree, caches = grow(rnd, stage + 1, tree, caches)
         more = worthwhile(tree, caches)
-        # A loop of at most one trip: a conditional would copy the cache, and leaving the lower
-        # stages' last turn to after the loop would compile them twice.
-        _, tree, caches = lax.while_loop(lambda carry: carry[0], one_pass, (more, tree, caches))
-        return more, tree, caches
+
+        def due(carry) -> jax.Array:
+            return more & (carry[0].levels == 0)
+
+        # A loop of at most one trip, as a pass gives the n-gram stage its levels back: a
+        # conditional would copy the cache, and leaving the lower stages' last turn to after the
+        # loop would compile them twice.
+        return more, *lax.while_loop(due, one_pass, (tree, caches))
 
     carry = (rnd.drafting, tree, caches)
     _, tree, caches = lax.while_loop(lambda carry: carry[0], one_round, carry)
@@ -312,6 +320,7 @@ def _draft_pass(
     logits, slot, cache = evaluate(rnd, stage, tree, cache, nodes, row, hit)
     logits = processed(rnd, tree, nodes, logits)
     scored = scores(logits, rnd.noise, rnd.noise_after(tree, nodes), rnd.sampling.draw, rough=True)
+    scored = lax.optimization_barrier(scored)  # computed once for its three readers
     tau = rnd.tau(stage)[:, None, None]
     best, token = best_few(scored, min(branch, scored.shape[-1]))
     highest = best[:, :, :1]
@@ -325,7 +334,7 @@ def _draft_pass(
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     log_prob = jnp.where(allowed, best, -jnp.inf)
     tree = trees.insert(tree, _children(rnd, tree, nodes, token, log_prob, stage))
-    tree = trees.mark_evaluated(tree, stage, slot)
+    tree = trees.mark_evaluated(tree, stage, slot, rnd.policy.levels)
     return trees.mark_expanded(tree, hit, stage), cache
 
 
@@ -359,13 +368,13 @@ def _children(
 
 
 def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
-    """Extend the best leaves by table look-up, several levels deep, without a model."""
-    assert rnd.capacities.ngram is not None
+    """Extend the best leaves by table look-up, as many levels as are due, without a model."""
+    if rnd.capacities.ngram is None:
+        return trees.mark_levels(tree, tree.levels)
     width, branch, match = rnd.capacities.ngram
     stage = len(rnd.models)
 
-    def level(carry):
-        left, tree = carry
+    def level(tree: TokenTree) -> TokenTree:
         leaves = tree.expanded == trees.UNEXPANDED
         best = (tree.value, leaves, width, rnd.policy.ngram_width)
         nodes, found = trees.best_nodes(*best)
@@ -375,11 +384,10 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
         children = _children(rnd, tree, nodes, token, log_prob, stage)
         # With all that is read of it behind a barrier, XLA writes the tree in place.
         tree = trees.insert(tree, lax.optimization_barrier(children))
-        tree = trees.mark_expanded(tree, trees.among(nodes, found, tree.capacity), stage)
-        return left - 1, tree
+        tree = trees.mark_levels(tree)
+        return trees.mark_expanded(tree, trees.among(nodes, found, tree.capacity), stage)
 
-    levels = jnp.where(rnd.drafting, rnd.policy.levels, 0)
-    return lax.while_loop(lambda carry: carry[0] > 0, level, (levels, tree))[1]
+    return lax.while_loop(lambda tree: tree.levels > 0, level, tree)
 
 
 def _recent_tokens(rnd: Round, tree: TokenTree, nodes: jax.Array, count: int) -> jax.Array:

@@ -33,7 +33,7 @@ CHILDLESS = -1
 _WORD = 32  # bits of an int32
 
 # The first rows of a tree's fields; a slot for each draft follows, then what children take over
-# from their parents: lineage, passes, count.
+# from their parents: lineage, passes, levels, count.
 _TOKEN, _PARENT, _DEPTH, _ORIGIN, _EXPANDED, _LOG_PROB, _VALUE, _SLOTS = range(8)
 
 
@@ -104,6 +104,12 @@ class TokenTree:
         return self.fields[0, self._lineage.stop + model - 1, 0]
 
     @property
+    def levels(self) -> jax.Array:
+        """int32, by how many levels the n-gram stage may still extend the tree before a draft makes
+        its next pass."""
+        return self.fields[0, -2, 0]
+
+    @property
     def count(self) -> jax.Array:
         """``[B]`` int32, slots in use."""
         return self.fields[:, -1, 0]
@@ -161,6 +167,7 @@ def plant(
     capacity: int,
     growable: jax.Array | bool = True,
     cached: tuple[jax.Array, ...] = (),
+    levels: jax.Array | int = 0,
 ) -> TokenTree:
     """A tree that holds only its trunk.
 
@@ -171,6 +178,7 @@ def plant(
       capacity: N, at least K.
       growable: ``[B, K]`` bool, which of them may have children. The root alone has none yet.
       cached: ``[B]`` int32 for each draft, how many committed tokens are in its cache.
+      levels: int32, see :attr:`TokenTree.levels`.
     """
     batch, size = trunk.shape
     node = jnp.arange(capacity)
@@ -193,7 +201,7 @@ def plant(
         shape=(batch, capacity),
     )
     rows += [jnp.where(real[:, None], chain, 0)]
-    rows += _rows(*(len(cached) * [0]), size, shape=(batch, capacity))
+    rows += _rows(*(len(cached) * [0]), levels, size, shape=(batch, capacity))
     return TokenTree(jnp.concatenate(rows, axis=1), len(cached))
 
 
@@ -350,20 +358,26 @@ def mark_expanded(tree: TokenTree, hit: jax.Array, stage: int) -> TokenTree:
     return dataclasses.replace(tree, fields=marked)
 
 
-def mark_evaluated(tree: TokenTree, model: int, slot: jax.Array) -> TokenTree:
+def mark_evaluated(tree: TokenTree, model: int, slot: jax.Array, levels: jax.Array) -> TokenTree:
     """Record that a draft made a pass, after which its cache has the nodes in ``slot`` ``[B, N]``
-    (-1 for those it has not evaluated)."""
+    (-1 for those it has not evaluated), and the n-gram stage ``levels`` to grow again."""
     row = jnp.arange(tree.fields.shape[1])[:, None]
     fields = jnp.where(row == _SLOTS + model - 1, slot[:, None], tree.fields)
     fields += (row == tree._lineage.stop + model - 1).astype(jnp.int32)
-    return dataclasses.replace(tree, fields=fields)
+    return dataclasses.replace(tree, fields=jnp.where(row == row[-2], levels, fields))
+
+
+def mark_levels(tree: TokenTree, grown: int | jax.Array = 1) -> TokenTree:
+    """Record that the n-gram stage has ``grown`` further levels."""
+    row = jnp.arange(tree.fields.shape[1])[:, None]
+    return dataclasses.replace(tree, fields=tree.fields - jnp.where(row == row[-2], grown, 0))
 
 
 def unevaluated(tree: TokenTree) -> TokenTree:
     """The tree as if no draft had made a pass over it, nor seen its trunk."""
     row = jnp.arange(tree.fields.shape[1])[:, None]
     slots = (row >= _SLOTS) & (row < tree._lineage.start)
-    passes = (row >= tree._lineage.stop) & (row < row[-1])
+    passes = (row >= tree._lineage.stop) & (row < row[-2])
     fields = jnp.where(slots, -1, jnp.where(passes, 0, tree.fields))
     return dataclasses.replace(tree, fields=fields)
 

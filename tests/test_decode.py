@@ -356,8 +356,8 @@ jax.tree_util.register_pytree_node(Counting, lambda c: ((), c), lambda c, _: c)
 
 
 def test_four_traces_serve_prompts_policies_and_all_options():
-    """One where all is greedy, one with the options of sampling, one with top-p too, and one with
-    processors."""
+    """One where all is greedy, one with temperature and top-k, one with top-p and min-p too, and
+    one with processors."""
     stack = toys.stack("between")
     models = tuple(Counting(m) for m in (stack.oracle, *stack.drafts))
     capacities = Capacities.of(plan_for(1), TEXT)
@@ -375,13 +375,13 @@ def test_four_traces_serve_prompts_policies_and_all_options():
         [
             dict(seed=2, temperature=1.0),
             dict(seed=3, temperature=0.5, top_k=3),
-            dict(temperature=1.5, top_k=20, min_p=0.1),
-            dict(temperature=0.1, min_p=0.2),
+            dict(temperature=1.5, top_k=20),
+            dict(temperature=0.1),
         ],
         [
             dict(temperature=1.0, top_p=0.9),
             dict(seed=3, temperature=0.5, top_p=0.8, top_k=3),
-            dict(temperature=1.5, top_p=0.5, top_k=20),
+            dict(temperature=1.5, min_p=0.1, top_k=20),
             dict(temperature=0.1, top_p=0.9, min_p=0.2),
         ],
         [

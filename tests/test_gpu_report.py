@@ -44,10 +44,9 @@ def test_no_cache_is_copied_and_each_loop_is_one_graph(small):
     assert figures["single_graph"] is True
 
 
-def test_a_round_outside_the_models_does_not_grow(small):
-    """The target is 60; ``docs/performance.md`` says what is reached and why."""
+def test_a_sampled_round_has_few_kernels_outside_the_models(small):
     figures, _ = small
-    assert 20 <= figures["staged.kernels_outside_models"] <= 82
+    assert 20 <= figures["staged.kernels_outside_models"] <= 60
 
 
 def test_the_programs_are_written(small):
@@ -58,10 +57,12 @@ def test_the_programs_are_written(small):
 
 
 @pytest.mark.slow
-def test_targets_with_all_layers(tmp_path):
-    figures = _report(tmp_path)
+@pytest.mark.parametrize("target", ["h200", "rtx4090"])
+def test_targets_with_all_layers(tmp_path, target):
+    figures = _report(tmp_path, "--target", target)
     assert figures["baseline.kernels_per_layer"] <= 13
     assert figures["staged.kernels_per_round"] <= 1.35 * figures["baseline.kernels_per_step"]
+    assert figures["staged.kernels_outside_models"] <= 60
     assert figures["cache_sized_copies"] == 0
     assert figures["single_graph"] is True
 
@@ -96,14 +97,28 @@ HLO = """\
   ROOT %l = pred[] fusion(%t.1), kind=kLoop, calls=%fused
 }
 
+%before (t.2: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %t.2 = (s32[], f32[4]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%t.2), index=0
+  %w = f32[4]{0} get-tuple-element(%t.2), index=1
+  %w.1 = f32[4]{0} copy(%w)
+  %w.2 = f32[4]{0} copy(%w.1)
+  %w.3 = f32[4]{0} copy(%w.2)
+  %w.4 = f32[4]{0} copy(%w.3)
+  %w.5 = f32[4]{0} copy(%w.4)
+  ROOT %r.2 = (s32[], f32[4]{0}) tuple(%j, %w.5)
+}
+
 ENTRY %main (a: (s32[], f32[4])) -> (s32[], f32[4]) {
   %a = (s32[], f32[4]{0}) parameter(0)
-  ROOT %while.1 = (s32[], f32[4]{0}) while(%a), condition=%condition, body=%body
+  %while.0 = (s32[], f32[4]{0}) while(%a), condition=%condition, body=%before
+  ROOT %while.1 = (s32[], f32[4]{0}) while(%while.0), condition=%condition, body=%body
 }
 """
 
 
 def test_kernels_of_condition_body_and_both_branches_are_counted():
+    """Of the last loop, though the one before it launches more."""
     loop = main_loop(HLO)
     assert loop.name == "while.1"
     assert sorted(k.name for k in loop.kernels) == ["c.2", "f.1", "l", "z"]
