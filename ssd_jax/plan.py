@@ -206,7 +206,7 @@ class Plan:
 
     def on_cpu(self, shares: Sequence[float]) -> Plan:
         """This plan where every row of a pass costs: with the root alone to fall back on, and
-        narrower and shallower where a draft is no trifle beside the oracle.
+        narrower and surer of each pass of a draft that is no trifle beside the oracle.
 
         The numbers are those of two oracles in float32 on two cores, one of 13M parameters with a
         draft a tenth its size, one of 131M with the same draft (``docs/performance.md``).
@@ -216,9 +216,8 @@ class Plan:
         """
         if max(shares, default=0.0) < _TRIFLE:
             return self.paced(0.025, [1.3 * share for share in shares])
-        drafts = tuple(dataclasses.replace(draft, rounds=3) for draft in self.drafts)
-        plan = dataclasses.replace(self, width=12, drafts=drafts)
-        return plan.paced(0.07, [1.3 * share for share in shares])
+        drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
+        return dataclasses.replace(self, width=8, nodes=32, drafts=drafts).paced(0.05, shares)
 
     def paced(self, row_cost: float, draft_costs: Sequence[float]) -> Plan:
         """This plan adapting to these costs: the oracle may look at the root alone, and
