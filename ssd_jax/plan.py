@@ -418,8 +418,7 @@ class Policy:
       threshold: ``[M - 1]`` float32, natural log.
       prior: ``[M - 1, 2]`` float32, (greedy, sampled) of each draft.
       tau: ``[M, 2]`` float32, (greedy, sampled) of each draft and, last, the n-gram stage.
-      levels, ngram_width, ngram_branch: int32, of the n-gram stage. At least one level, of no
-        width where the plan has none.
+      levels, ngram_width, ngram_branch: int32, of the n-gram stage; without levels of no width.
       match_log_prob: ``[match]`` float32, by matched length from 1.
       depth: int32.
       floor: float32, natural log.
@@ -469,7 +468,7 @@ class Policy:
             threshold=logs([d.threshold for d in drafts]),
             prior=floats([(d.prior_greedy, d.prior_sampled) for d in drafts]),
             tau=floats([(s.tau_greedy, s.tau_sampled) for s in (*drafts, ngram)]),
-            levels=ints(max(ngram.levels, 1)),
+            levels=ints(ngram.levels),
             ngram_width=ints(ngram.width if ngram.levels else 0),
             ngram_branch=ints(ngram.branch),
             match_log_prob=logs(probs),

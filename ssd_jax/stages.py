@@ -334,7 +334,8 @@ def _draft_pass(
     allowed = ours[:, :, None] & (jnp.arange(best.shape[-1]) < rnd.policy.branch[draft])
     log_prob = jnp.where(allowed, best, -jnp.inf)
     tree = trees.insert(tree, _children(rnd, tree, nodes, token, log_prob, stage))
-    tree = trees.mark_evaluated(tree, stage, slot, rnd.policy.levels)
+    # One level at least, as it is by them that the loop around this pass ends.
+    tree = trees.mark_evaluated(tree, stage, slot, jnp.maximum(rnd.policy.levels, 1))
     return trees.mark_expanded(tree, hit, stage), cache
 
 

@@ -38,6 +38,24 @@ def drawn_tree():
     return insert(tree, jnp.asarray([[3]]), jnp.asarray([[22]]), jnp.log(jnp.asarray([[0.5]])), 2)
 
 
+def test_levels_are_counted_down_until_a_pass_gives_them_back():
+    tree = trees.plant(
+        jnp.asarray([[10, 11, 12]]), jnp.asarray([7]), 8, cached=(jnp.asarray([6]),), levels=3
+    )
+    before = tree.fields
+    assert int(tree.levels) == 3
+    tree = trees.mark_levels(trees.mark_levels(tree))
+    assert int(tree.levels) == 1 and int(tree.passes(1)) == 0 and int(tree.count[0]) == 3
+    none = jnp.full((1, 8), -1)
+    tree = insert(tree, jnp.asarray([[2]]), jnp.asarray([[20]]), jnp.asarray([[-0.5]]), 1)
+    tree = trees.mark_evaluated(tree, 1, none, jnp.int32(5))
+    assert int(tree.levels) == 5 and int(tree.passes(1)) == 1 and int(tree.count[0]) == 4
+    assert int(trees.mark_levels(tree, tree.levels).levels) == 0
+    tree = trees.unevaluated(tree)
+    assert int(tree.levels) == 5 and int(tree.passes(1)) == 0 and int(tree.count[0]) == 4
+    np.testing.assert_array_equal(tree.token[0, :3], before[0, 0, :3])
+
+
 def test_drawn_tree_and_its_mask():
     tree = drawn_tree()
     assert tree.token[0].tolist() == [10, 11, 12, 20, 21, 22, 0, 0]
