@@ -232,6 +232,8 @@ def load_model(
     values = read()
     if rounded:
         values = gpt2.quantized(values)
+    elif result.tiled:
+        values = gpt2.tiled(values, "wte" if config.tie_word_embeddings else "lm_head")
     elif turned:
         values = gpt2.turned(values)
     return _with_weights(result, values)
@@ -273,7 +275,7 @@ def quantize(model: GPT2) -> GPT2:
 
 def _with_weights(model: GPT2, values: Iterable[tuple[tuple, Any]]) -> GPT2:
     """An abstract model with these weights by path, put on the device one at a time."""
-    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    params = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, gpt2.Tiles))))
     # Copies, since JAX could otherwise alias memory that belongs to a file.
     loaded = [
         (keys, params[keys].replace(jax.device_put(np.array(value, params[keys].dtype))))

@@ -274,8 +274,9 @@ def resolve_plan(
     """
     default = Plan.for_mode(mode, len(stack.drafts), stack.ngram is not None)
     if mode == "staged" and jax.default_backend() == "cpu":
-        oracle = stack.oracle.config.multiplied
-        default = default.on_cpu([draft.config.multiplied / oracle for draft in stack.drafts])
+        oracle = stack.oracle
+        shares = [draft.config.multiplied / oracle.config.multiplied for draft in stack.drafts]
+        default = default.on_cpu(shares, tiled=oracle.tiled)
     if plan is None and mode == "staged":
         found = tuned.load(stack)
         plan = found.plans.get(tuned.KINDS[sampled]) if found else None

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -39,6 +40,14 @@ _FUSED_ROWS = 16
 # An exact model's product has at least two rows on a CPU, since one alone is no matrix product to
 # XLA, and elsewhere a multiple of so many, on which the library's choice of a kernel depends.
 _EXACT_TILE = 32
+# Outputs of a tile: as many as XLA's library for a CPU computes side by side, so that it reads a
+# tile where it lies. Other layouts it first rearranges, every time.
+_TILE = 64
+# Tiles are for up to so many rows, and at least so many: one alone is no matrix product to XLA.
+_TILED_ROWS = 12
+_FEWEST_ROWS = 2
+# Of models up to this width: beyond, the next five rows read a tile anew from memory.
+_TILED_WIDTH = 512
 # Up to so many rows weights stand on the left of their product on a CPU.
 _FEW_ROWS = 128
 # Into so many parts a product of one row is cut there, whichever first divides the outputs.
@@ -175,6 +184,35 @@ def decodes_turned(dtype) -> bool:
     return jnp.dtype(dtype) == jnp.float32 and jax.default_backend() == "cpu"
 
 
+class Tiles(nnx.Variable):
+    """A second copy of weights, for passes of few rows: ``[G, in, 64]``, the outputs in groups of
+    64, of which zeros fill up the last."""
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int) -> Tiles:
+        """Zeros."""
+        return cls(jnp.zeros((-(-outputs // _TILE), inputs, _TILE), jnp.float32))
+
+    @staticmethod
+    def of(weights: np.ndarray) -> np.ndarray:
+        """The tiles of ``[out, in]`` weights."""
+        outputs, inputs = weights.shape
+        filled = np.pad(weights, ((0, -outputs % _TILE), (0, 0)))
+        return filled.reshape(-1, _TILE, inputs).swapaxes(1, 2)
+
+
+def _tiled_product(x: jax.Array, tiles: jax.Array, outputs: int, dtype) -> jax.Array:
+    """``[B, T, in]`` times tiles: on a CPU up to five rows take about the time of one."""
+    count = math.prod(x.shape[:-1])
+
+    def product(rows: jax.Array) -> jax.Array:
+        each = jnp.broadcast_to(rows, (len(tiles), *rows.shape))
+        out = _product("gri,gio->gro", each, tiles, dtype)
+        return out.swapaxes(0, 1).reshape(len(rows), -1)[:, :outputs]
+
+    return _by_rows(x, max(count, _FEWEST_ROWS), product)
+
+
 def _turned_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
     """``[B, T, in]`` times ``[out, in]``, as fast as XLA can be made to on a CPU."""
     count = math.prod(x.shape[:-1])
@@ -203,14 +241,24 @@ def _one_row_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
 
 
 def _times_stored(
-    x: jax.Array, weights: nnx.Param, scale: nnx.Param | None, *, dtype, exact: bool, eight: bool
+    x: jax.Array,
+    weights: nnx.Param,
+    scale: nnx.Param | None,
+    tiles: Tiles | None,
+    *,
+    dtype,
+    exact: bool,
+    eight: bool,
 ) -> jax.Array:
     """``[B, T, in]`` times a turned kernel or a table, ``[out, in]``, of whichever kind it is;
     ``eight`` for 8-bit activations."""
     if scale is not None:
         return int8.product(x, weights[...], scale[...], dtype=dtype, activations=eight)
-    product = _exact_product if exact else _turned_product
-    return product(x, weights[...], dtype)
+    if exact:
+        return _exact_product(x, weights[...], dtype)
+    if tiles is not None and math.prod(x.shape[:-1]) <= _TILED_ROWS:
+        return _tiled_product(x, tiles[...], len(weights[...]), dtype)
+    return _turned_product(x, weights[...], dtype)
 
 
 def _by_rows(x: jax.Array, filled: int, product: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -240,11 +288,13 @@ class Linear(nnx.Module):
         activations8: bool,
         exact: bool,
         turned: bool,
+        tiled: bool,
         rngs: nnx.Rngs,
     ):
         shape = (n_out, n_in) if turned else (n_in, n_out)
         self.kernel = _weights(shape, std, param_dtype, rngs)
         self.kernel_scale = _scales(n_out, param_dtype)
+        self.tiles = Tiles.empty(n_in, n_out) if tiled else None
         self.bias = nnx.Param(jnp.zeros((n_out,), jnp.float32))
         self.dtype = dtype
         self.activations8 = activations8
@@ -257,6 +307,7 @@ class Linear(nnx.Module):
                 x,
                 self.kernel,
                 self.kernel_scale,
+                self.tiles,
                 dtype=self.dtype,
                 exact=self.exact,
                 eight=self.activations8,
@@ -326,12 +377,22 @@ class Attention(nnx.Module):
         """``[B, H, T, I]`` queries, ``[B, H, S, I]`` keys and values -> ``[B, T, H, I]``."""
         if self.exact:
             return self._attend_exactly(query, key, value, mask)
-        scores = _product("bhtd,bhsd->bhts", query * self.scale, key, self.dtype)
+        scores = self._scores(query * self.scale, key)
         scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1)
+        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = self.attn_dropout(weights, deterministic=rngs is None, rngs=rngs)
-        mixed = _product("bhts,bhsd->bhtd", weights, value, self.dtype)
+        # Divided last, since there are fewer channels than slots.
+        mixed = _product("bhts,bhsd->bhtd", weights, value, self.dtype) / total
         return mixed.swapaxes(1, 2)
+
+    def _scores(self, query, key):
+        """``[B, H, T, I]`` and ``[B, H, S, I]`` -> ``[B, H, T, S]``."""
+        if query.shape[2] == 1 or query.shape[2] > _FEW_ROWS or not decodes_turned(self.dtype):
+            return _product("bhtd,bhsd->bhts", query, key, self.dtype)
+        # As with weights: on the left keys are not rearranged.
+        return lax.optimization_barrier(_product("bhsd,bhtd->bhst", key, query, self.dtype)).mT
 
     def _attend_exactly(self, query, key, value, mask):
         """:meth:`_attend` with sums and exponentials in float64: rounded to float32, they hardly
@@ -418,7 +479,8 @@ class GPT2(nnx.Module):
       exact: logits depend on a token's own path alone, to the bit, see above. Always so with
         ``activations8``, and never with 8-bit weights otherwise.
       turned: kernels are ``[out, in]``, the faster layout to decode with in float32 on a CPU;
-        always so if ``exact`` or of int8.
+        always so if ``exact`` or of int8. A turned model in float32 of up to 512 channels has a
+        second copy of kernels and head, which is faster still (:class:`Tiles`).
       rngs: initial weights are drawn from ``rngs.params``.
     """
 
@@ -442,6 +504,8 @@ class GPT2(nnx.Module):
         self.activations8 = activations8 and stored == jnp.int8
         self.exact = self.activations8 or (exact and stored != jnp.int8)
         self.turned = turned or self.exact or stored == jnp.int8
+        self.tiled = turned and not self.exact and stored == jnp.float32
+        self.tiled &= config.n_embd <= _TILED_WIDTH
         suitable = "einsum" if self.exact else _default_attention(config, self.dtype)
         self.attention = attention or suitable
         kinds: dict[str, Any] = dict(
@@ -450,6 +514,7 @@ class GPT2(nnx.Module):
             activations8=self.activations8,
             exact=self.exact,
             turned=self.turned,
+            tiled=self.tiled,
             rngs=rngs,
         )
 
@@ -466,6 +531,7 @@ class GPT2(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else table(config.vocab_size, stored)
         self.lm_head_scale = None if tied else _scales(config.vocab_size, stored)
+        self.head_tiles = Tiles.empty(config.n_embd, config.vocab_size) if self.tiled else None
         self.embd_dropout = nnx.Dropout(config.embd_pdrop)
 
     def __call__(
@@ -538,7 +604,13 @@ class GPT2(nnx.Module):
         if head is None:
             head, scale = self.wte, self.wte_scale
         return _times_stored(
-            x, head, scale, dtype=self.dtype, exact=self.exact, eight=self.activations8
+            x,
+            head,
+            scale,
+            self.head_tiles,
+            dtype=self.dtype,
+            exact=self.exact,
+            eight=self.activations8,
         )
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
@@ -553,6 +625,25 @@ def turned(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:
     (as from ``nnx.to_flat_state``) and values, of which kernels are transposed."""
     for path, value in params:
         yield path, value.T if path[-1] == "kernel" else value
+
+
+def tiled(params: Iterable[tuple[tuple, Any]], head: str) -> Iterator[tuple[tuple, Any]]:
+    """What a tiled model has in place of a float model's parameters.
+
+    Args:
+      params: paths (as from ``nnx.to_flat_state``) and values.
+      head: name of the table that is multiplied, ``wte`` or ``lm_head``.
+
+    Yields:
+      Paths and values, the tiles among them.
+    """
+    for path, value in turned(params):
+        yield path, value
+        *module, name = path
+        if name == "kernel":
+            yield (*module, "tiles"), Tiles.of(value)
+        elif name == head:
+            yield ("head_tiles",), Tiles.of(value)
 
 
 def unturned(model: GPT2) -> Iterator[tuple[tuple, Any]]:

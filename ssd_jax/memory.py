@@ -13,7 +13,7 @@ import psutil
 from flax import nnx
 
 from ssd_jax.errors import InsufficientMemoryError, ran_out_of_memory
-from ssd_jax.gpt2 import GPT2
+from ssd_jax.gpt2 import GPT2, Tiles
 from ssd_jax.plan import Capacities
 
 REMEDY = "take a smaller model, a narrower dtype (bfloat16, int8), or another device"
@@ -64,22 +64,31 @@ def estimate(models: Sequence[GPT2], capacities: Capacities, rows: int = 1) -> E
     return Estimate(sum(map(weights, models)), caches, passes)
 
 
-_weights: weakref.WeakKeyDictionary[GPT2, int] = weakref.WeakKeyDictionary()
+_weights: weakref.WeakKeyDictionary[GPT2, tuple[int, int]] = weakref.WeakKeyDictionary()
 
 
 def weights(model: GPT2) -> int:
-    """Bytes of a model's parameters, which keep their shapes and types."""
-    # Remembered: every text asks for it, and going through a module takes milliseconds.
-    if model not in _weights:
-        leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
-        _weights[model] = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return _weights[model]
+    """Bytes of a model's parameters and of their second copy (:class:`~ssd_jax.gpt2.Tiles`)."""
+    return sum(_parameters_and_tiles(model))
 
 
 def weight_bytes(model: GPT2) -> int:
     """Bytes of weights that one forward pass reads: all but the embedding rows not looked up."""
     skipped = model.wpe[...].nbytes + (0 if model.lm_head is None else model.wte[...].nbytes)
-    return weights(model) - skipped
+    return _parameters_and_tiles(model)[0] - skipped
+
+
+def _parameters_and_tiles(model: GPT2) -> tuple[int, int]:
+    # Remembered, as shapes and types stay: every text asks for it, and going through a module takes
+    # milliseconds.
+    if model not in _weights:
+        states = (nnx.state(model, kind) for kind in (nnx.Param, Tiles))
+        params, tiles = (
+            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+            for state in states
+        )
+        _weights[model] = params, tiles
+    return _weights[model]
 
 
 def cache_bytes_per_token(model: GPT2) -> int:

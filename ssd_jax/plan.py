@@ -204,20 +204,24 @@ class Plan:
             nodes=64,
         )
 
-    def on_cpu(self, shares: Sequence[float]) -> Plan:
+    def on_cpu(self, shares: Sequence[float], *, tiled: bool = False) -> Plan:
         """This plan where every row of a pass costs: with the root alone to fall back on, and
         narrower and surer of each pass of a draft that is no trifle beside the oracle.
 
         The numbers are those of two oracles in float32 on two cores, one of 13M parameters with a
-        draft a tenth its size, one of 131M with the same draft (``docs/performance.md``).
+        draft a tenth its size, one of 131M with the same draft (``docs/performance.md``). Rows come
+        by eights there, or of a tiled oracle by fives.
 
         Args:
           shares: size of each draft over the oracle's.
+          tiled: whether the oracle is (:class:`~ssd_jax.gpt2.GPT2`).
         """
         if max(shares, default=0.0) < _TRIFLE:
-            return self.paced(0.025, [1.3 * share for share in shares])
+            wide = dataclasses.replace(self, width=16)
+            return wide.paced(0.025, [1.3 * share for share in shares])
         drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
-        return dataclasses.replace(self, width=8, nodes=32, drafts=drafts).paced(0.05, shares)
+        plan = dataclasses.replace(self, width=5 if tiled else 8, nodes=32, drafts=drafts)
+        return plan.paced(0.03 if tiled else 0.05, [0.8 * s if tiled else s for s in shares])
 
     def paced(self, row_cost: float, draft_costs: Sequence[float]) -> Plan:
         """This plan adapting to these costs: the oracle may look at the root alone, and

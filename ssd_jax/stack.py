@@ -200,22 +200,22 @@ def load(
     dtype = dtype or checkpoint.default_dtype()
     # Drafts are small: 8 bits would save little, and cost agreement.
     of_drafts = checkpoint.default_dtype() if dtype == "int8" else dtype
-    sources = [(oracle, dtype), *((draft, of_drafts) for draft in drafts)]
+    sources = [(oracle, dtype, exact), *((draft, of_drafts, False) for draft in drafts)]
     if exact and isinstance(oracle, GPT2) and not oracle.exact:
         raise ConfigError("exact is for an oracle that is loaded here; give GPT2 itself exact=True")
     # All that can be found out without the weights comes before them: they take long to fetch.
     models = [
-        m if isinstance(m, GPT2) else checkpoint.abstract_model(m, dtype=dtype)
-        for m, dtype in sources
+        m if isinstance(m, GPT2) else checkpoint.abstract_model(m, **_kinds(dtype, exact))
+        for m, dtype, exact in sources
     ]
     _check_vocabularies(models, None, None)
     grams, words = _ngram(ngram), _tokenizer(tokenizer, oracle)
     _check_vocabularies(models, grams, words)
-    _check_memory(models, [not isinstance(source, GPT2) for source, _ in sources], named=named)
+    _check_memory(models, [not isinstance(source, GPT2) for source, *_ in sources], named=named)
     with memory.reported("the stack", memory.REMEDY):
         return Stack(
-            oracle=_model(oracle, dtype, exact),
-            drafts=tuple(_model(draft, of_drafts) for draft in drafts),
+            oracle=_model(*sources[0]),
+            drafts=tuple(_model(*source) for source in sources[1:]),
             ngram=grams,
             tokenizer=words,
         )
@@ -254,11 +254,16 @@ def _check_memory(models: Sequence[GPT2], unread: Sequence[bool], *, named: bool
     memory.check(needed, f"the stack in {oracle.numerics}")
 
 
-def _model(source: PathLike | GPT2, dtype: str, exact: bool = False) -> GPT2:
+def _model(source: PathLike | GPT2, dtype: str, exact: bool) -> GPT2:
     if isinstance(source, GPT2):
         return source
     _LOG.info("loading %s", source)
-    return checkpoint.load_model(source, dtype=dtype, exact=exact, turned=decodes_turned(dtype))
+    return checkpoint.load_model(source, **_kinds(dtype, exact))
+
+
+def _kinds(dtype: str, exact: bool) -> dict[str, Any]:
+    """How a model is loaded to decode here, as :func:`~ssd_jax.checkpoint.load_model` is told."""
+    return {"dtype": dtype, "exact": exact, "turned": decodes_turned(dtype)}
 
 
 def _ngram(source: PathLike | KatzModel | None) -> KatzModel | None:

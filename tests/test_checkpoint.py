@@ -90,14 +90,15 @@ def test_saved_model_loads_with_equal_config_and_bits(tiny, folder):
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
-def test_a_turned_model_is_the_same_model(tiny, folder, tmp_path):
-    turned = checkpoint.load_model(folder, turned=True)
-    shapes = [model.h[0].mlp.c_fc.kernel[...].shape for model in (tiny, turned)]
+def test_a_tiled_model_is_the_same_model(tiny, folder, tmp_path):
+    tiled = checkpoint.load_model(folder, turned=True)
+    shapes = [model.h[0].mlp.c_fc.kernel[...].shape for model in (tiny, tiled)]
     assert shapes == [(8, 20), (20, 8)]
-    checkpoint.save_model(turned, tmp_path / "again")
+    assert tiled.tiled and not checkpoint.load_model(folder, dtype="bfloat16", turned=True).tiled
+    checkpoint.save_model(tiled, tmp_path / "again")
     assert_same_weights(checkpoint.load_model(tmp_path / "again"), tiny)
-    assert_same_weights(checkpoint.quantize(turned), checkpoint.quantize(tiny))
-    assert_same_weights(widen(turned, width=16, layers=3), widen(tiny, width=16, layers=3))
+    assert_same_weights(checkpoint.quantize(tiled), checkpoint.quantize(tiny))
+    assert_same_weights(widen(tiled, width=16, layers=3), widen(tiny, width=16, layers=3))
 
 
 def test_shards_hold_the_same_model_within_their_limit(tiny, tmp_path):

@@ -54,17 +54,56 @@ def test_logits_agree_with_golden(name, turned):
     np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("outputs", [61, 64, 67, 87])
+@pytest.mark.parametrize("outputs", [61, 64, 67, 128])
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 2), (1, 5), (1, 12), (3, 4), (2, 40), (1, 128), (1, 129)]
 )
-def test_a_turned_product_is_the_same_for_any_number_of_rows(shape, outputs):
+def test_products_of_either_layout_are_the_same_for_any_number_of_rows(shape, outputs):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(*shape, 24)).astype(np.float32)
     weights = rng.normal(size=(outputs, 24)).astype(np.float32)
-    product = jax.jit(gpt2._turned_product, static_argnums=2)(x, weights, jnp.dtype("float32"))
-    assert product.dtype == jnp.float32
-    np.testing.assert_allclose(product, x @ weights.T, rtol=1e-5, atol=1e-5)
+    tiles = gpt2.Tiles.of(weights)
+    assert tiles.shape == gpt2.Tiles.empty(24, outputs)[...].shape
+    products = [
+        jax.jit(gpt2._turned_product, static_argnums=2)(x, weights, jnp.dtype("float32")),
+        jax.jit(gpt2._tiled_product, static_argnums=(2, 3))(
+            x, tiles, outputs, jnp.dtype("float32")
+        ),
+    ]
+    for product in products:
+        assert product.dtype == jnp.float32
+        np.testing.assert_allclose(product, x @ weights.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "kinds", "expected"),
+    [
+        (512, {"turned": True}, True),
+        (512, {}, False),
+        (576, {"turned": True}, False),
+        (512, {"turned": True, "exact": True}, False),
+        (512, {"turned": True, "param_dtype": jnp.bfloat16}, False),
+    ],
+)
+def test_small_turned_models_in_float32_have_tiles(width, kinds, expected):
+    model = gpt2.abstract(dataclasses.replace(TINY, n_embd=width), **kinds)
+    assert model.tiled == expected == bool(nnx.to_flat_state(nnx.state(model, gpt2.Tiles)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 5, 12, 13])
+def test_few_rows_are_multiplied_by_tiles_and_more_by_kernels(tmp_path, rows, tied):
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+    checkpoint.save_model(GPT2(config, rngs=nnx.Rngs(0)), tmp_path)
+    model = checkpoint.load_model(tmp_path, turned=True)
+    tokens = random_tokens(1, rows)
+    mask = jnp.tri(rows, 16, dtype=bool)[None]
+    expected = forward(model, tokens, mask=mask, cache=model.init_cache(1, 16))[0]
+    for path, tiles in nnx.to_flat_state(nnx.state(model, gpt2.Tiles)):
+        assert tiles[...].any(), path
+        tiles[...] = jnp.zeros_like(tiles[...])
+    logits = forward(model, tokens, mask=mask, cache=model.init_cache(1, 16))[0]
+    assert bool(jnp.any(expected)) and bool(jnp.any(logits)) == (rows > 12)
 
 
 @pytest.mark.parametrize(
