@@ -378,9 +378,10 @@ class Attention(nnx.Module):
         if self.exact:
             return self._attend_exactly(query, key, value, mask)
         scores = self._scores(query * self.scale, key)
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - largest)
+        least = jnp.finfo(jnp.float32).min
+        scores = jnp.where(mask[:, None], scores, least)
+        largest = jnp.max(scores, axis=-1, keepdims=True, initial=least)  # there may be no slot
+        weights = jnp.exp(scores - lax.stop_gradient(largest))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = self.attn_dropout(weights, deterministic=rngs is None, rngs=rngs)
         # Divided last, since there are fewer channels than slots.

@@ -400,7 +400,8 @@ def test_four_traces_serve_prompts_policies_and_all_options():
 
 
 def lowered(stack, batch, place=lambda tree: tree, plan=None):
-    plan = plan or plan_for(1)
+    # As many rows as a head has channels, and scores would have the shape of a cache.
+    plan = plan or plan_for(1, width=9, chunk=12)
     capacities = Capacities.of(plan, TEXT)
     models, state = start(stack, PROMPTS[:batch], 20, capacities)
     parts = Flat.of((models, stack.tables))
