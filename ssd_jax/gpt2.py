@@ -2,7 +2,8 @@
 
 Modules and parameters carry the names of the Hugging Face implementation, so that
 :mod:`ssd_jax.checkpoint` maps one onto the other by name alone. Kernels are ``[in, out]``, as
-in Hugging Face's ``Conv1D``, or in a ``turned`` model ``[out, in]``.
+in Hugging Face's ``Conv1D``, or in a ``turned`` model ``[out, in]``, beside which a small one has
+:class:`Tiles`.
 
 Numerics: the residual stream, layer norms, biases, attention scores and softmax are float32.
 Matrix products take operands of ``model.dtype`` and accumulate in float32; float32 operands
@@ -202,7 +203,11 @@ class Tiles(nnx.Variable):
 
 
 def _tiled_product(x: jax.Array, tiles: jax.Array, outputs: int, dtype) -> jax.Array:
-    """``[B, T, in]`` times tiles: on a CPU up to five rows take about the time of one."""
+    """``[B, T, in]`` times tiles: on a CPU up to five rows take about the time of one.
+
+    Rows come after tiles in the product's result: otherwise ``einsum`` swaps the operands, and XLA
+    computes it in a loop of its own.
+    """
     count = math.prod(x.shape[:-1])
 
     def product(rows: jax.Array) -> jax.Array:
