@@ -38,15 +38,16 @@ from ssd_jax.spans import within
 
 # A tile of a tensor core: fewer rows cost as much on a GPU, and in more kernels.
 _FUSED_ROWS = 16
-# An exact model's product has at least two rows on a CPU, since one alone is no matrix product to
-# XLA, and elsewhere a multiple of so many, on which the library's choice of a kernel depends.
+# One row alone is no matrix product to XLA on a CPU; tiles and exact models have so many at least.
+_FEWEST_ROWS = 2
+# Elsewhere an exact model's product has a multiple of so many rows, on which the library's choice
+# of a kernel depends.
 _EXACT_TILE = 32
 # Outputs of a tile: as many as XLA's library for a CPU computes side by side, so that it reads a
 # tile where it lies. Other layouts it first rearranges, every time.
 _TILE = 64
-# Tiles are for up to so many rows, and at least so many: one alone is no matrix product to XLA.
+# Tiles are for up to so many rows.
 _TILED_ROWS = 12
-_FEWEST_ROWS = 2
 # Of models up to this width: beyond, the next five rows read a tile anew from memory.
 _TILED_WIDTH = 512
 # Up to so many rows weights stand on the left of their product on a CPU.
@@ -176,7 +177,7 @@ def _exact_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
     """``[..., in]`` times ``[out, in]``, each row alike whatever the others are and how many."""
     count = math.prod(x.shape[:-1])
     on_cpu = jax.default_backend() == "cpu"
-    filled = max(count, 2) if on_cpu else _multiple(count, _EXACT_TILE)
+    filled = max(count, _FEWEST_ROWS) if on_cpu else _multiple(count, _EXACT_TILE)
     return _by_rows(x, filled, lambda rows: _product("ri,oi->ro", rows, weights, dtype))
 
 
@@ -192,7 +193,7 @@ class Tiles(nnx.Variable):
     @classmethod
     def empty(cls, inputs: int, outputs: int) -> Tiles:
         """Zeros."""
-        return cls(jnp.zeros((-(-outputs // _TILE), inputs, _TILE), jnp.float32))
+        return cls(jnp.zeros((_multiple(outputs, _TILE) // _TILE, inputs, _TILE), jnp.float32))
 
     @staticmethod
     def of(weights: np.ndarray) -> np.ndarray:
@@ -510,8 +511,8 @@ class GPT2(nnx.Module):
         self.activations8 = activations8 and stored == jnp.int8
         self.exact = self.activations8 or (exact and stored != jnp.int8)
         self.turned = turned or self.exact or stored == jnp.int8
-        self.tiled = turned and not self.exact and stored == jnp.float32
-        self.tiled &= config.n_embd <= _TILED_WIDTH
+        small = stored == jnp.float32 and config.n_embd <= _TILED_WIDTH
+        self.tiled = turned and small and not self.exact
         suitable = "einsum" if self.exact else _default_attention(config, self.dtype)
         self.attention = attention or suitable
         kinds: dict[str, Any] = dict(

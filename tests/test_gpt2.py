@@ -54,7 +54,7 @@ def test_logits_agree_with_golden(name, turned):
     np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("outputs", [61, 64, 67, 128])
+@pytest.mark.parametrize("outputs", [61, 64, 67, 87, 128])
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 2), (1, 5), (1, 12), (3, 4), (2, 40), (1, 128), (1, 129)]
 )
