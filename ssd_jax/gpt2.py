@@ -52,6 +52,8 @@ _TILED_ROWS = 12
 _TILED_WIDTH = 512
 # Up to so many rows weights stand on the left of their product on a CPU.
 _FEW_ROWS = 128
+# From so many rows on, as in a prefill, attention leaves out whatever part of a cache it can.
+_MANY_ROWS = 32
 # Into so many parts a product of one row is cut there, whichever first divides the outputs.
 _PARTS = (8, 4, 2, *range(3, 64, 2))
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -336,6 +338,13 @@ def _scales(n_out: int, dtype) -> nnx.Param | None:
     return nnx.Param(jnp.ones((n_out,), jnp.float32)) if dtype == jnp.int8 else None
 
 
+def _slot_axes(attention: str, turned: bool) -> tuple[int, int]:
+    """Layout of a cache for some attention; ``turned`` for a CPU's."""
+    if attention != "einsum":
+        return kv_cache.FUSED
+    return kv_cache.TURNED if turned else kv_cache.PLAIN
+
+
 class Attention(nnx.Module):
     def __init__(self, config: GPT2Config, layer: int, attention: str, **kinds):
         width, std = config.n_embd, config.initializer_range
@@ -344,6 +353,7 @@ class Attention(nnx.Module):
         self.heads = config.n_head
         self.dtype = kinds["dtype"]
         self.attention = attention
+        self.slot_axes = _slot_axes(attention, kinds["turned"] and decodes_turned(self.dtype))
         self.exact = kinds["exact"]
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
@@ -361,14 +371,15 @@ class Attention(nnx.Module):
             key, value = key[:, : mask.shape[1]], value[:, : mask.shape[1]]
         else:
             query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+            key = key.mT if self.slot_axes == kv_cache.TURNED else key
         if cached is not None:
-            axis = 1 if fused else 2
+            of_keys, of_values = self.slot_axes
             keys, values, moved, end = cached
             if moved is not None:
-                key = jnp.concatenate([moved[0], key.astype(self.dtype)], axis)
-                value = jnp.concatenate([moved[1], value.astype(self.dtype)], axis)
-            key = kv_cache.write(keys, key, offset, axis)
-            value = kv_cache.write(values, value, offset, axis)
+                key = jnp.concatenate([moved[0], key.astype(self.dtype)], of_keys)
+                value = jnp.concatenate([moved[1], value.astype(self.dtype)], of_values)
+            key = kv_cache.write(keys, key, offset, of_keys)
+            value = kv_cache.write(values, value, offset, of_values)
         if fused:
             mixed = self._attend_fused(query, key, value, mask)
         elif cached is not None:
@@ -380,10 +391,11 @@ class Attention(nnx.Module):
         return out, (key, value)
 
     def _attend(self, query, key, value, mask, rngs):
-        """``[B, H, T, I]`` queries, ``[B, H, S, I]`` keys and values -> ``[B, T, H, I]``."""
+        """``[B, H, T, I]`` queries, keys as in the cache, ``[B, H, S, I]`` values ->
+        ``[B, T, H, I]``."""
         if self.exact:
             return self._attend_exactly(query, key, value, mask)
-        scores = self._scores(query * self.scale, key)
+        scores = _product(f"bhtd,{self._keys}->bhts", query * self.scale, key, self.dtype)
         least = jnp.finfo(jnp.float32).min
         scores = jnp.where(mask[:, None], scores, least)
         largest = jnp.max(scores, axis=-1, keepdims=True, initial=least)  # there may be no slot
@@ -394,13 +406,6 @@ class Attention(nnx.Module):
         mixed = _product("bhts,bhsd->bhtd", weights, value, self.dtype) / total
         return mixed.swapaxes(1, 2)
 
-    def _scores(self, query, key):
-        """``[B, H, T, I]`` and ``[B, H, S, I]`` -> ``[B, H, T, S]``."""
-        if query.shape[2] == 1 or query.shape[2] > _FEW_ROWS or not decodes_turned(self.dtype):
-            return _product("bhtd,bhsd->bhts", query, key, self.dtype)
-        # As with weights: on the left keys are not rearranged.
-        return lax.optimization_barrier(_product("bhsd,bhtd->bhst", key, query, self.dtype)).mT
-
     def _attend_exactly(self, query, key, value, mask):
         """:meth:`_attend` with sums and exponentials in float64: rounded to float32, they hardly
         ever tell in what order they were made, or by which of XLA's code for few or many rows."""
@@ -408,7 +413,7 @@ class Attention(nnx.Module):
         key, value = key.astype(self.dtype), value.astype(self.dtype)
         with jax.enable_x64(True):
             query, key, value = (x.astype(jnp.float64) for x in (query, key, value))
-            scores = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
+            scores = jnp.einsum(f"bhtd,{self._keys}->bhts", query, key).astype(jnp.float32)
             scores = scores * jnp.float32(self.scale)
             scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
             weights = scores - jnp.max(scores, axis=-1, keepdims=True)
@@ -417,16 +422,24 @@ class Attention(nnx.Module):
             mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
             return mixed.astype(jnp.float32).swapaxes(1, 2)
 
+    @property
+    def _keys(self) -> str:
+        return "bhds" if self.slot_axes == kv_cache.TURNED else "bhsd"
+
     def _attend_within(self, end, query, key, value, mask):
         """:meth:`_attend` where nothing from slot ``end`` on is seen: a short text does not pay
         for a long cache."""
 
         def look(slots: int) -> jax.Array:
-            seen = (x[:, :, :slots] for x in (key, value, mask))
-            return self._attend(query, *seen, rngs=None)
+            first = (
+                lax.slice_in_dim(x, 0, slots, axis=axis)
+                for x, axis in zip((key, value, mask), (*self.slot_axes, 2), strict=True)
+            )
+            return self._attend(query, *first, rngs=None)
 
         # Read outside a branch, a cache that one row has been written to is copied on a CPU.
-        return within(end, mask.shape[2], look, branch=mask.shape[1] == 1)
+        rows = mask.shape[1]
+        return within(end, mask.shape[2], look, branch=rows == 1, finely=rows >= _MANY_ROWS)
 
     def _attend_fused(self, query, key, value, mask):
         """``[B, T, H, I]`` queries, ``[B, S, H, I]`` keys and values -> ``[B, T, H, I]``."""
@@ -479,7 +492,7 @@ class GPT2(nnx.Module):
         they are loaded.
       activations8: with int8, whether the inputs of kernels and head are rounded to 8 bits as well
         (:mod:`ssd_jax.int8`); by default on a CPU.
-      attention: of passes with a cache. ``einsum``, with ``[B, H, S, I]`` caches, is XLA's own;
+      attention: of passes with a cache. ``einsum``, with heads before slots, is XLA's own;
         ``cudnn`` is one fused kernel (:func:`jax.nn.dot_product_attention`; 16-bit operands on an
         NVIDIA GPU only), with ``[B, S, H, I]`` caches; ``xla`` is the latter's arithmetic in that
         layout anywhere. By default what suits the backend.
@@ -623,8 +636,8 @@ class GPT2(nnx.Module):
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for this model."""
         c = self.config
-        axis = 2 if self.attention == "einsum" else 1
-        return kv_cache.init(c.n_layer, batch, c.n_head, slots, c.head_dim, self.dtype, axis)
+        shape = c.n_layer, batch, c.n_head, slots, c.head_dim
+        return kv_cache.init(*shape, self.dtype, self.h[0].attn.slot_axes)
 
 
 def turned(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:

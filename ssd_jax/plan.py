@@ -221,7 +221,14 @@ class Plan:
             return wide.paced(0.025, [1.3 * share for share in shares])
         drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
         plan = dataclasses.replace(self, width=5 if tiled else 8, nodes=32, drafts=drafts)
-        return plan.paced(0.03 if tiled else 0.05, [0.8 * s if tiled else s for s in shares])
+        return plan.trimmed().paced(
+            0.03 if tiled else 0.05, [0.8 * s if tiled else s for s in shares]
+        )
+
+    def trimmed(self) -> Plan:
+        """This plan without levels that its oracle cannot look at: a node is evaluated with all of
+        its ancestors."""
+        return dataclasses.replace(self, depth=min(self.depth, max(self.width - 1, 1)))
 
     def paced(self, row_cost: float, draft_costs: Sequence[float]) -> Plan:
         """This plan adapting to these costs: the oracle may look at the root alone, and

@@ -12,19 +12,26 @@ from jax import lax
 _SHORTEST = 256
 
 
-def spans(size: int) -> list[int]:
+def spans(size: int, *, finely: bool = False) -> list[int]:
     """How much of a buffer may be looked at: 256, its doubles up to half the buffer, or all.
 
-    Beyond half, reading a part apart costs a CPU about what it saves.
+    Beyond half, reading a part apart costs a CPU about what it saves, unless much is done with it:
+    ``finely`` is from 128 on, with all doubles.
     """
+    shortest, most = (_SHORTEST // 2, size - 1) if finely else (_SHORTEST, size // 2)
     found = []
-    while 2 * (span := _SHORTEST << len(found)) <= size:
+    while (span := shortest << len(found)) <= most:
         found.append(span)
     return [*found, size]
 
 
 def within(
-    end: jax.Array, size: int, look: Callable[[int], jax.Array], *, branch: bool = False
+    end: jax.Array,
+    size: int,
+    look: Callable[[int], jax.Array],
+    *,
+    branch: bool = False,
+    finely: bool = False,
 ) -> jax.Array:
     """``look(span)`` with the least of :func:`spans` that holds the first ``end`` of ``size``.
 
@@ -37,8 +44,9 @@ def within(
       size: of the buffer.
       look: traced once a span.
       branch: have two spans at least.
+      finely: see :func:`spans`.
     """
-    choices = spans(size)
+    choices = spans(size, finely=finely)
     if branch and len(choices) == 1:
         choices = [size // 2, size]
     if len(choices) == 1:

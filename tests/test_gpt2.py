@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -31,10 +32,17 @@ def forward(model, tokens, positions=None, mask=None, cache=None, offset=0):
     return model(tokens, positions, mask=mask, cache=cache, offset=offset)
 
 
+in_each_layout = pytest.mark.parametrize("tiny", ["einsum", "xla", "turned"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=["einsum", "xla"])
-def tiny(request) -> GPT2:
-    """In both layouts of the cache."""
-    return GPT2(TINY, attention=request.param, rngs=nnx.Rngs(0))
+def tiny(request, tmp_path_factory) -> GPT2:
+    """In two layouts of the cache, or in all of them (``in_each_layout``)."""
+    if request.param != "turned":
+        return GPT2(TINY, attention=request.param, rngs=nnx.Rngs(0))
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint.save_model(GPT2(TINY, rngs=nnx.Rngs(0)), folder)
+    return checkpoint.load_model(folder, turned=True)
 
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
@@ -287,6 +295,7 @@ def tree_pass(model, text, nodes, *, gap: int):
     return forward(model, nodes, positions, mask, cache, offset)
 
 
+@in_each_layout
 def test_tree_pass_equals_one_pass_per_branch(tiny):
     text, nodes = random_tokens(2, 9), random_tokens(2, 5, seed=1)
     logits, _ = tree_pass(tiny, text, nodes, gap=4)
@@ -295,6 +304,7 @@ def test_tree_pass_equals_one_pass_per_branch(tiny):
         np.testing.assert_allclose(logits[:, branch], alone[:, 9:], atol=2e-5, rtol=0)
 
 
+@in_each_layout
 def test_keeping_a_branch_gives_the_cache_of_a_plain_prefill(tiny):
     text, nodes = random_tokens(2, 9), random_tokens(2, 5, seed=1)
     _, cache = tree_pass(tiny, text, nodes, gap=4)
@@ -308,13 +318,11 @@ def test_keeping_a_branch_gives_the_cache_of_a_plain_prefill(tiny):
         size = tokens.shape[1]
         positions, mask = np.arange(size)[None], causal(1, size, 32, 0)
         _, plain = forward(tiny, tokens, positions, mask, tiny.init_cache(1, 32), 0)
-        for buffer, expected in zip(
-            (*kept.keys, *kept.values), (*plain.keys, *plain.values), strict=True
-        ):
-            ours, plainly = (np.moveaxis(x, kept.slot_axis, 1) for x in (buffer, expected))
+        for ours, plainly in zip(toys.by_slot(kept), toys.by_slot(plain), strict=True):
             np.testing.assert_allclose(ours[row, :size], plainly[0, :size], atol=2e-5, rtol=0)
 
 
+@in_each_layout
 def test_pending_rows_settle_with_the_next_block(tiny):
     text, nodes, after = (random_tokens(2, n, seed=n) for n in (9, 5, 2))
     _, cache = tree_pass(tiny, text, nodes, gap=4)
@@ -333,37 +341,43 @@ def test_pending_rows_settle_with_the_next_block(tiny):
         tokens = np.concatenate([text[row], nodes[row, branch], after[row]])[None]
         alone, _ = forward(tiny, tokens)
         np.testing.assert_allclose(logits[row], alone[0, -2:], atol=2e-5, rtol=0)
-        for before, moved in zip(cache.keys, settled.keys, strict=True):
-            ours, theirs = (np.moveaxis(x, cache.slot_axis, 1)[row] for x in (moved, before))
-            expected = theirs[pending[row, : len(branch)]]
-            np.testing.assert_array_equal(ours[9 : 9 + len(branch)], expected)
+        for before, moved in zip(toys.by_slot(cache), toys.by_slot(settled), strict=True):
+            expected = before[row, pending[row, : len(branch)]]
+            np.testing.assert_array_equal(moved[row, 9 : 9 + len(branch)], expected)
 
 
+@pytest.mark.parametrize("axis", [1, 2, 3])
 @pytest.mark.parametrize("offset", [2, [0, 3, 5]])
-def test_write_places_rows_from_each_offset(offset):
+def test_write_places_rows_from_each_offset(offset, axis):
     rng = np.random.default_rng(0)
-    buffer, rows = rng.normal(size=(3, 2, 8, 4)), rng.normal(size=(3, 2, 3, 4))
+    buffer, rows = (rng.normal(size=(3, n, 2, 4)).astype(np.float32) for n in (8, 3))
     expected = buffer.copy()
     for b, start in enumerate(np.broadcast_to(offset, 3)):
-        expected[b, :, start : start + 3] = rows[b]
-    written = kv_cache.write(jnp.asarray(buffer, jnp.float32), jnp.asarray(rows), jnp.array(offset))
-    np.testing.assert_array_equal(written, expected.astype(np.float32))
+        expected[b, start : start + 3] = rows[b]
+    placed = (jnp.moveaxis(x, 1, axis) for x in (buffer, rows))
+    written = kv_cache.write(*placed, jnp.array(offset), axis)
+    np.testing.assert_array_equal(jnp.moveaxis(written, axis, 1), expected)
 
 
-def test_keep_moves_the_named_slots_of_each_row():
+@pytest.mark.parametrize("axes", [kv_cache.PLAIN, kv_cache.TURNED, kv_cache.FUSED])
+def test_keep_moves_the_named_slots_of_each_row(axes):
     rng = np.random.default_rng(1)
     length, count = np.array([0, 4, 2]), np.array([3, 0, 2])
     slots = rng.integers(7, 12, (3, 3)).astype(np.int32)
     # Per layer and kind its own numbers, so that swapped buffers would show.
-    buffers = [jnp.asarray(rng.normal(size=(3, 2, 12, 4)), jnp.float32) for _ in range(4)]
-    cache = kv_cache.KVCache(tuple(buffers[:2]), tuple(buffers[2:]), jnp.asarray(length))
+    buffers = [jnp.asarray(rng.normal(size=(3, 12, 2, 4)), jnp.float32) for _ in range(4)]
+    keys, values = (
+        tuple(jnp.moveaxis(x, 1, axis) for x in group)
+        for group, axis in zip((buffers[:2], buffers[2:]), axes, strict=True)
+    )
+    cache = kv_cache.KVCache(keys, values, jnp.asarray(length), slot_axes=axes)
     kept = jax.jit(kv_cache.keep)(cache, slots, count)
     np.testing.assert_array_equal(kept.length, length + count)
-    for before, after in zip(buffers, (*kept.keys, *kept.values), strict=True):
+    for before, after in zip(map(np.asarray, buffers), toys.by_slot(kept), strict=True):
         for b in range(3):
-            moved = np.asarray(before)[b][:, slots[b, : count[b]]]
-            expected = np.concatenate([np.asarray(before)[b][:, : length[b]], moved], axis=1)
-            np.testing.assert_array_equal(after[b, :, : length[b] + count[b]], expected)
+            moved = before[b, slots[b, : count[b]]]
+            expected = np.concatenate([before[b, : length[b]], moved])
+            np.testing.assert_array_equal(after[b, : length[b] + count[b]], expected)
 
 
 def _dot_products(jaxpr):

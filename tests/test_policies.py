@@ -96,7 +96,7 @@ def live(state) -> list[np.ndarray]:
         trace = state.trace
         found += [state.text[row, :end], trace.origin[row, :end], trace.margin[row, :end]]
         for cache in state.caches:
-            found += [x[row, :, : int(cache.length[row])] for x in (*cache.keys, *cache.values)]
+            found += [x[row, : int(cache.length[row])] for x in toys.by_slot(cache)]
     return [np.asarray(x) for x in found]
 
 

@@ -22,6 +22,8 @@ def test_the_least_span_that_fits_is_looked_at():
     assert spans.spans(511) == [511]
     assert spans.spans(512) == [256, 512]
     assert spans.spans(1057) == [256, 512, 1057]
+    assert spans.spans(128, finely=True) == [128]
+    assert spans.spans(416, finely=True) == [128, 256, 416]
 
     def looked_at(size, **options):
         return jax.jit(lambda end: spans.within(end, size, jnp.int32, **options))
@@ -43,15 +45,15 @@ def test_decoding_looks_at_no_slot_far_behind_the_text(monkeypatch, plan):
     def decode(until, first_spoilt):
         models, state = test_decode.start(stack, [prompt], 55, capacities)
 
-        def spoil(buffer):
-            return buffer.at[:, :, first_spoilt:].set(jnp.nan)
-
-        caches = tuple(
-            dataclasses.replace(
-                c, keys=tuple(map(spoil, c.keys)), values=tuple(map(spoil, c.values))
+        def spoilt(cache):
+            late = slice(first_spoilt, None)
+            keys, values = (
+                tuple(x.at[(*(slice(None),) * axis, late)].set(jnp.nan) for x in group)
+                for group, axis in zip((cache.keys, cache.values), cache.slot_axes, strict=True)
             )
-            for c in state.caches
-        )
+            return dataclasses.replace(cache, keys=keys, values=values)
+
+        caches = tuple(map(spoilt, state.caches))
         state = dataclasses.replace(state, caches=caches)
         tables, until = stack.tables, jnp.full_like(state.limit, until)
         state = engine.decode(
@@ -62,8 +64,8 @@ def test_decoding_looks_at_no_slot_far_behind_the_text(monkeypatch, plan):
     state, tokens = decode(20, 2 * SHORTEST)
     assert len(tokens) >= 17 and tokens == expected[: len(tokens)]
     for cache in state.caches:
-        for buffer in (*cache.keys, *cache.values):
-            assert np.isnan(buffer[:, :, 2 * SHORTEST :]).all()  # nothing is written there either
+        for buffer in toys.by_slot(cache):
+            assert np.isnan(buffer[:, 2 * SHORTEST :]).all()  # nothing is written there either
     # Across two spans the text is the same; where the slots do count, they spoil it.
     assert decode(58, 1000)[1] == expected
     assert decode(58, 2 * SHORTEST - 16)[1] != expected

@@ -70,3 +70,9 @@ def byte_tokenizer(vocab: int = 270) -> Tokenizer:
     )
     backend.train_from_iterator(["def f(x): return x + 1\n" * 40, "é漢字" * 40] * 4, trainer)
     return Tokenizer(backend)
+
+
+def by_slot(cache) -> list[np.ndarray]:
+    """Keys of all layers and values of all layers of a cache, each ``[B, S, H, I]``."""
+    both = zip((cache.keys, cache.values), cache.slot_axes, strict=True)
+    return [np.moveaxis(np.asarray(x), axis, 1) for group, axis in both for x in group]

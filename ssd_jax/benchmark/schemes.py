@@ -386,7 +386,7 @@ class Reader:
         row = np.zeros((2, 1, self.rows), np.int32)
         row[0, 0, :count] = [*tokens, *(node[-1] for node in nodes)]
         row[1, 0, :count] = np.minimum(known + np.array(levels), self.model.config.n_positions - 1)
-        mask = np.zeros((1, self.rows, self._cache.keys[0].shape[self._cache.slot_axis]), bool)
+        mask = np.zeros((1, self.rows, self._cache.slots), bool)
         mask[:, :, :known] = True
         mask[0, :count, known : known + count] = lineage
         weights, self._cache = _log_weights(
