@@ -221,9 +221,12 @@ class Plan:
             return wide.paced(0.025, [1.3 * share for share in shares])
         drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
         plan = dataclasses.replace(self, width=5 if tiled else 8, nodes=32, drafts=drafts)
-        return plan.trimmed().paced(
-            0.03 if tiled else 0.05, [0.8 * s if tiled else s for s in shares]
-        )
+        if not tiled:
+            return plan.trimmed().paced(0.05, shares)
+        if plan.ngram is not None:  # of five nodes few are its guesses
+            few = dataclasses.replace(plan.ngram, levels=2, width=2)
+            plan = dataclasses.replace(plan, ngram=few)
+        return plan.trimmed().paced(0.03, [0.8 * share for share in shares])
 
     def trimmed(self) -> Plan:
         """This plan without levels that its oracle cannot look at: a node is evaluated with all of
