@@ -68,7 +68,7 @@ def init(
     slots: int,
     head_dim: int,
     dtype,
-    slot_axes: tuple[int, int] = PLAIN,
+    slot_axes: tuple[int, int],
 ) -> KVCache:
     """An empty cache of ``slots`` slots, in one call: each of its arrays would take as long."""
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import reference
 import toys
+from flax import nnx
 
 from ssd_jax import batch as batches
 from ssd_jax import decode as engine
 from ssd_jax.batch import first_state
 from ssd_jax.checkpoint import save_model
 from ssd_jax.compiled import cache_sized_copies, described, gpu_device
+from ssd_jax.gpt2 import GPT2
 from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy, prefill_passes
 from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Flat
@@ -409,11 +411,17 @@ def lowered(stack, batch, place=lambda tree: tree, plan=None):
     return batches.decode.lower(*place(arguments), capacities=capacities), caches
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     "batch, plan", [(1, Plan.baseline()), (1, None), (3, None)], ids=["plain", "tree", "batch"]
 )
-def test_the_loop_copies_no_cache(batch, plan):
-    program, caches = lowered(toys.stack("between"), batch, plan=plan)
+def test_the_loop_copies_no_cache(batch, plan, turned):
+    stack = toys.stack("between")
+    if turned:
+        config = stack.oracle.config
+        oracle, draft = (GPT2(config, turned=True, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+        stack = dataclasses.replace(stack, oracle=oracle, drafts=(draft,))
+    program, caches = lowered(stack, batch, plan=plan)
     hlo = program.compile().as_text()
     assert "while(" in hlo
     noise = (batch, plan_for(1).depth + 1, toys.VOCAB)  # kept as well, though not on a GPU

@@ -314,6 +314,20 @@ SHORT = [[7], [5]]
 OPTIONS = dict(max_new_tokens=12, kinds=["greedy"], search_seconds=1.0, confirm=1, repeats=1)
 
 
+def test_plans_that_differ_below_what_is_looked_at_are_confirmed_once(monkeypatch):
+    bench = tuner._Bench.of(toys.stack(layers=1), SHORT, OPTIONS["max_new_tokens"], seed=0)
+    job = tuner._Job(bench, "greedy", {}, COSTS, Space(1, True, False), lambda *_: None)
+    deep = [replace(SMALL, depth=depth) for depth in (7, 9)]
+    other = replace(SMALL, nodes=6)
+    job.ranking = [(float(place), plan) for place, plan in enumerate([*deep, other])]
+    measured = []
+    monkeypatch.setattr(job, "_measure", lambda names, *_: measured.extend(names))
+    job.confirm(2, repeats=1)
+    assert measured == ["baseline", "default", "found 1", "found 2"]
+    found = [job.plans[name].unpaced() for name in measured[2:]]
+    assert found == [SMALL, other]
+
+
 def test_a_useless_draft_on_a_narrow_device_is_left_alone(monkeypatch):
     pretend(monkeypatch, oracle=lambda width: 0.01 * width, draft=lambda width: 0.005 * width)
     stack = toys.stack("never", ngram=False, layers=1)

@@ -277,7 +277,8 @@ class _Job:
     def confirm(self, count: int, repeats: int) -> None:
         """Run the plans with the best predictions, as they would be kept, against plain decoding
         and the default."""
-        best = [cost.paced(plan.trimmed(), self.costs) for _, plan in self.ranking[: count + 1]]
+        # Plans that differ in what trimming takes away are one.
+        best = dict.fromkeys(cost.paced(p.trimmed(), self.costs) for _, p in self.ranking)
         fresh = [plan for plan in best if plan != self.plans["default"]][:count]
         found = {f"found {place}": plan for place, plan in enumerate(fresh, 1)}
         self.plans |= found
