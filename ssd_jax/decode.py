@@ -2,7 +2,8 @@
 
 ``decode`` is one ``jit`` around one ``lax.while_loop``. Its body, :func:`speculative_step`, is
 one round of the algorithm: the drafts grow a tree, the oracle evaluates the best of it in one
-pass, the path it agrees with is committed together with its own next token.
+pass, the path it agrees with is committed together with its own next token. Where drafting rests,
+a loop inside it makes rounds of plain decoding (:func:`plain_step`).
 """
 
 from __future__ import annotations
@@ -214,18 +215,33 @@ def decode(
         state, _ = carry
         return jnp.any((state.finish == RUNNING) & (state.length < yield_at))
 
-    def step(carry):
-        state, noise = carry
-        state = dataclasses.replace(state, **fixed)
-        noise = noise_ahead(models, state, sampling, capacities, noise)
-        state, *_ = speculative_step(models, tables, state, sampling, policy, capacities, noise)
-        return dataclasses.replace(state, **elsewhere), noise
+    def speculating(carry) -> jax.Array:
+        state, _ = carry
+        return unfinished(carry) & speculates(dataclasses.replace(state, **fixed))
+
+    def resting(carry) -> jax.Array:
+        return unfinished(carry) & ~speculating(carry)
+
+    def rounds(step):
+        def body(carry):
+            state, noise = carry
+            state = dataclasses.replace(state, **fixed)
+            noise = noise_ahead(models, state, sampling, capacities, noise)
+            state, *_ = step(models, tables, state, sampling, policy, capacities, noise)
+            return dataclasses.replace(state, **elsewhere), noise
+
+        return body
+
+    def in_turns(carry):
+        state, noise = while_loop(speculating, rounds(speculative_step), carry)
+        state, noise = while_loop(resting, rounds(plain_step), (settled(state), noise))
+        return expecting(state, capacities), noise
 
     state = prefill(models, tables, state, sampling, policy, capacities)
     noise = noise_ahead(models, state, sampling, capacities)
-    state, _ = while_loop(unfinished, step, (dataclasses.replace(state, **elsewhere), noise))
-    state = dataclasses.replace(state, **fixed)
-    return dataclasses.replace(state, caches=(settle(state.caches[0]), *state.caches[1:]))
+    body = in_turns if capacities.rests else rounds(speculative_step)
+    state, _ = while_loop(unfinished, body, (dataclasses.replace(state, **elsewhere), noise))
+    return settled(dataclasses.replace(state, **fixed))
 
 
 def prefill(
@@ -245,10 +261,50 @@ def prefill(
     caches = (settle(state.caches[0]), *state.caches[1:])
     oracle, *drafts = (stages.prefill(rnd, model, cache) for model, cache in enumerate(caches))
     oracle, _ = stages.catch_up(rnd, 0, oracle, backlog=1)
+    return expecting(dataclasses.replace(state, caches=(oracle, *drafts)), capacities)
+
+
+def expecting(state: DecodeState, capacities: Capacities) -> DecodeState:
+    """With an oracle whose passes move what the round before accepted, of which there is nothing
+    yet; a pass over the root alone has nothing to move."""
+    oracle, *drafts = state.caches
     if capacities.widths[0] > 1:
         path = (state.length.shape[0], capacities.depth + 1)
         oracle = dataclasses.replace(oracle, pending=jnp.full(path, -1, jnp.int32))
     return dataclasses.replace(state, caches=(oracle, *drafts))
+
+
+def settled(state: DecodeState) -> DecodeState:
+    """With all that the oracle has evaluated of the text in its final slots."""
+    return dataclasses.replace(state, caches=(settle(state.caches[0]), *state.caches[1:]))
+
+
+def speculates(state: DecodeState) -> jax.Array:
+    """bool: the next round drafts, as drafting does not rest and there is room for more than the
+    oracle's own token."""
+    roomy = (state.finish == RUNNING) & (state.length + 1 < state.limit)
+    return state.pace.drafting & jnp.any(roomy)
+
+
+def plain_step(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+    noise: Noise | None = None,
+) -> tuple[DecodeState, TokenTree, Verdict]:
+    """One round of plain decoding, by an oracle that is settled; the drafts fall behind.
+
+    Arguments and results as for :func:`speculative_step`.
+    """
+    oracle, *drafts = state.caches
+    alone = dataclasses.replace(state, caches=(oracle,))
+    plain = capacities.plain()
+    after, tree, verdict = speculative_step(models[:1], None, alone, sampling, policy, plain, noise)
+    after = dataclasses.replace(after, caches=(*after.caches, *drafts), pace=after.pace.rested())
+    return after, tree, verdict
 
 
 def speculative_step(
@@ -299,7 +355,6 @@ def new_round(
         start=state.start,
         limit=state.limit,
         active=state.finish == RUNNING,
-        drafting=state.pace.drafting,
         eos=state.eos,
         noise=noise or noise_ahead(models, state, sampling, capacities),
         history=history,
@@ -327,9 +382,8 @@ def noise_ahead(
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Bring every draft's cache up to the trunk, which its first pass takes whole, unless
-    drafting rests. Passes made in the first round are the prefill and do not count."""
-    rnd = dataclasses.replace(rnd, active=rnd.active & rnd.drafting)
+    """Bring every draft's cache up to the trunk, which its first pass takes whole. Passes made in
+    the first round are the prefill and do not count."""
     caches, passes = list(state.caches), [jnp.int32(0)]
     for draft in range(1, len(caches)):
         caches[draft], made = stages.catch_up(rnd, draft, caches[draft], rnd.capacities.trunk)
@@ -344,8 +398,8 @@ def plant(rnd: Round, caches: tuple[KVCache, ...]) -> TokenTree:
     trunk = at(rnd.text, rnd.position(depth))
     cached = tuple(cache.length for cache in caches)
     growable = rnd.growable(trunk, depth)
-    levels = jnp.where(rnd.drafting, rnd.policy.levels, 0)
-    return trees.plant(trunk, rnd.length, rnd.capacities.nodes, growable, cached, levels)
+    nodes, levels = rnd.capacities.nodes, rnd.policy.levels
+    return trees.plant(trunk, rnd.length, nodes, growable, cached, levels)
 
 
 @jax.tree_util.register_dataclass
@@ -384,8 +438,7 @@ def _verify(
     nodes, found = trees.best_nodes(tree.value, eligible, width, rnd.policy.width[0])
     first = cache.length + (0 if cache.pending is None else cache.pending.shape[1])
     wanted = state.trace.log_probs
-    if rnd.capacities.narrower:
-        widths = (*rnd.capacities.narrower, width)
+    if len(widths := rnd.capacities.ladder) > 1:
         chances = jnp.where(found & rnd.active[:, None], jnp.exp(at(tree.value, nodes)), 0.0)
         active = jnp.maximum(jnp.sum(rnd.active), 1).astype(jnp.float32)
         gain = jnp.sum(chances, axis=0) / active
@@ -495,7 +548,7 @@ def _evaluate_tree(
     assert cache.pending is not None
     first = cache.length + cache.pending.shape[1]
     among = trees.lineage_among(tree, nodes) & found[:, None, :]
-    slots = jnp.arange(rnd.capacities.slots(0))
+    slots = jnp.arange(cache.slots)
     index = slots - first[:, None]
     own = take(among, jnp.clip(index, 0, nodes.shape[1] - 1)[:, None, :], axis=2)
     own &= ((index >= 0) & (index < nodes.shape[1]))[:, None, :]
@@ -517,7 +570,7 @@ def _evaluate_tree(
 def _evaluate_root(rnd: Round, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Plain decoding's pass: the root goes straight to its final slot, nothing is moved."""
     position = rnd.length[:, None] - 1
-    slots = jnp.arange(rnd.capacities.slots(0))
+    slots = jnp.arange(cache.slots)
     return stages.forward(
         rnd,
         0,
@@ -591,8 +644,10 @@ def _advance(
         for i, cache in enumerate(drafts, 1)
     ]
     made = jnp.stack([jnp.int32(1), *(tree.passes(i) for i in range(1, len(caches)))])
+    passes = caught_up + made
+    others = state.trace.passes.shape[1] - passes.shape[0]  # models that take no part
     tokens = jnp.stack([emitted.origin, verdict.margin.view(jnp.int32)], axis=1)
-    entry = jnp.concatenate([state.length, caught_up + made, verdict.rows[None]])
+    entry = jnp.concatenate([state.length, jnp.pad(passes, (0, others)), verdict.rows[None]])
     trace = Trace(
         tokens=_write(state.trace.tokens, tokens, state.length),
         rounds=lax.dynamic_update_index_in_dim(state.trace.rounds, entry, state.rounds, 0),

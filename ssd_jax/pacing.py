@@ -19,6 +19,8 @@ _MEMORY = 0.8
 _LONGEST_REST = 64
 # A rest is so many times as long as the one before.
 _LONGER = 4
+# The first rest where no round has paid yet; after one that did, it is a single round.
+_UNTRIED_REST = 16
 
 
 @jax.tree_util.register_dataclass
@@ -43,13 +45,19 @@ class Pace:
     def start(cls) -> Pace:
         """Some credit in advance: about two tokens a unit, and one bad round is no reason."""
         f, i = np.float32, np.int32
-        fields: Any = dict(tokens=f(4), cost=f(2), surplus=f(0.5), rest=i(0), next_rest=i(1))
+        fields: Any = dict(
+            tokens=f(4), cost=f(2), surplus=f(0.5), rest=i(0), next_rest=i(_UNTRIED_REST)
+        )
         return cls(**fields)
 
     @property
     def drafting(self) -> jax.Array:
-        """bool: this round drafts."""
+        """bool: drafting does not rest."""
         return self.rest == 0
+
+    def rested(self) -> Pace:
+        """The pace after a round that drafted nothing."""
+        return dataclasses.replace(self, rest=jnp.maximum(self.rest - 1, 0))
 
 
 def best_width(
@@ -78,20 +86,19 @@ def best_width(
 
 
 def after_round(pace: Pace, tokens: jax.Array, cost: jax.Array) -> Pace:
-    """The pace after a round that committed ``tokens`` at ``cost``, both float32 per row.
+    """The pace after a round that drafted, and for each row committed ``tokens`` at ``cost``.
 
-    When drafting does not pay, it rests: for one round, then four, sixteen and so on until an
-    attempt pays.
+    When drafting no longer pays, it rests: for one round, then four, sixteen and so on until an
+    attempt pays. What has never paid rests for sixteen at once: a short text has few attempts then.
     """
     surplus = (pace.surplus + tokens - cost) / 2
     failed = surplus < 0
-    drafted = Pace(
+    longer = jnp.minimum(_LONGER * pace.next_rest, _LONGEST_REST)
+    return Pace(
         tokens=_MEMORY * pace.tokens + tokens,
         cost=_MEMORY * pace.cost + cost,
         # The attempt after a rest is judged alone.
         surplus=jnp.where(failed, 0.0, surplus),
         rest=jnp.where(failed, pace.next_rest, 0),
-        next_rest=jnp.where(failed, jnp.minimum(_LONGER * pace.next_rest, _LONGEST_REST), 1),
+        next_rest=jnp.where(failed, longer, jnp.where(tokens < cost, pace.next_rest, 1)),
     )
-    rested = dataclasses.replace(pace, rest=pace.rest - 1)
-    return jax.tree.map(lambda a, b: jnp.where(pace.drafting, a, b), drafted, rested)

@@ -145,7 +145,8 @@ class Plan:
       chunk: tokens evaluated at once when a cache catches up with the text; four times as many
         as long as a single prompt lacks them.
       narrower: widths below ``width``, ascending, of which the oracle may use one instead where
-        more nodes are not worth their cost. Each is compiled apart.
+        more nodes are not worth their cost. Each is compiled apart. With 1 among them drafting
+        rests where it does not pay.
       row_cost: of each node beyond the first in an oracle pass, in units of a pass over one.
     """
 
@@ -354,7 +355,7 @@ class Capacities:
       depth: D, deepest tree level.
       chunk: tokens a pass when catching up, see :func:`prefill_passes`.
       widths: W of the oracle and of each draft.
-      narrower: further widths of the oracle, ascending.
+      narrower: further widths of the oracle, ascending; of 1 are rounds that draft nothing.
       branches: children per node, for each draft.
       passes: most passes a round, for the oracle (1) and each draft.
       ngram: (width, branch, match) of the n-gram stage, or ``None``.
@@ -394,6 +395,20 @@ class Capacities:
             passes=tuple(passes),
             ngram=None if ngram is None else (ngram.width, ngram.branch, ngram.match),
         )
+
+    @property
+    def rests(self) -> bool:
+        """Whether rounds of plain decoding are compiled too, for when drafting does not pay."""
+        return 1 in self.narrower
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """Widths that the oracle may look at a tree with, ascending."""
+        return (*(width for width in self.narrower if width > 1), self.widths[0])
+
+    def plain(self) -> Capacities:
+        """Of the rounds that draft nothing."""
+        return Capacities.of(Plan.baseline(), self.text)
 
     def prefill_rows(self, batch: int) -> int:
         """Tokens in the passes that begin a prefill: four chunks where a single prompt may fill

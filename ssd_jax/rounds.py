@@ -7,6 +7,7 @@ same rounds are run one at a time, which is slower and shows everything.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,15 @@ import numpy as np
 
 from ssd_jax import program_cache
 from ssd_jax.batch import bucket, first_state
-from ssd_jax.decode import RUNNING, prefill, speculative_step
+from ssd_jax.decode import (
+    RUNNING,
+    expecting,
+    plain_step,
+    prefill,
+    settled,
+    speculates,
+    speculative_step,
+)
 from ssd_jax.generate import encode_prompt
 from ssd_jax.gpt2 import GPT2
 from ssd_jax.plan import Capacities, Plan, Policy
@@ -24,6 +33,12 @@ from ssd_jax.stack import Stack
 
 _prefill = jax.jit(prefill, static_argnames="capacities")
 _step = jax.jit(speculative_step, static_argnames="capacities")
+
+
+@partial(jax.jit, static_argnames="capacities")
+def _rest(models, tables, state, sampling, policy, capacities):
+    state, tree, verdict = plain_step(models, tables, settled(state), sampling, policy, capacities)
+    return expecting(state, capacities), tree, verdict
 
 
 def round_trees(
@@ -65,9 +80,12 @@ def round_trees(
     with program_cache.keeping():
         state = _prefill(models, tables, state, sampling, policy, capacities)
         while int(state.finish[0]) == RUNNING and len(found) != rounds:
-            state, tree, verdict = _step(models, tables, state, sampling, policy, capacities)
+            step, root = _step, capacities.trunk - 1
+            if capacities.rests and not speculates(state):
+                step, root = _rest, 0
+            state, tree, verdict = step(models, tables, state, sampling, policy, capacities)
             tree, verdict = jax.device_get((tree, verdict))
-            found.append(_nodes(stack, names, tree, verdict, root=capacities.trunk - 1))
+            found.append(_nodes(stack, names, tree, verdict, root))
     return found
 
 

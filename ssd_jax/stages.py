@@ -43,7 +43,6 @@ class Round:
       start: ``[B]`` int32, how many of them are the prompt's.
       limit: ``[B]`` int32, the length at which a row ends.
       active: ``[B]`` bool.
-      drafting: bool, whether anything is proposed in this round.
       eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
       noise: of the positions that the tree may reach, ``None`` if all rows are greedy.
       history: what processors need to know of the text, ``None`` without them.
@@ -56,7 +55,6 @@ class Round:
     start: jax.Array
     limit: jax.Array
     active: jax.Array
-    drafting: jax.Array
     eos: jax.Array
     noise: Noise | None
     history: History | None
@@ -150,7 +148,7 @@ def _in_reach(rnd: Round, model: int) -> jax.Array:
 
 def _extend(rnd: Round, model: int, cache: KVCache, rows: int, goal: jax.Array) -> KVCache:
     """One pass over the next ``rows`` tokens of the text, of which those before ``goal`` count."""
-    slots = jnp.arange(rnd.capacities.slots(model))
+    slots = jnp.arange(cache.slots)
     position = cache.length[:, None] + jnp.arange(rows)
     with jax.named_scope("catch_up"):
         _, written = forward(
@@ -196,7 +194,7 @@ def evaluate(
     lineage = trees.ancestors_of(tree, nodes)
     scratch = base + jnp.arange(rnd.capacities.scratch(model))
     block = jnp.any(lineage[:, :, None, :] & (slot[:, None, :] == scratch[:, None])[:, None], -1)
-    committed = jnp.arange(rnd.capacities.slots(model)) < cache.length[:, None, None]
+    committed = jnp.arange(cache.slots) < cache.length[:, None, None]
     committed = jnp.broadcast_to(committed, (*nodes.shape, committed.shape[2]))
     network = rnd.models[model]
     position = jnp.clip(rnd.position(at(tree.depth, nodes)), 0, network.config.n_positions - 1)
@@ -295,7 +293,7 @@ def grow(
         # loop would compile them twice.
         return more, *lax.while_loop(due, one_pass, (tree, caches))
 
-    carry = (rnd.drafting, tree, caches)
+    carry = (jnp.bool_(True), tree, caches)
     _, tree, caches = lax.while_loop(lambda carry: carry[0], one_round, carry)
     return tree, caches
 
