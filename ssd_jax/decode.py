@@ -355,6 +355,7 @@ def new_round(
         start=state.start,
         limit=state.limit,
         active=state.finish == RUNNING,
+        drafting=state.pace.drafting,
         eos=state.eos,
         noise=noise or noise_ahead(models, state, sampling, capacities),
         history=history,
@@ -382,8 +383,9 @@ def noise_ahead(
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Bring every draft's cache up to the trunk, which its first pass takes whole. Passes made in
-    the first round are the prefill and do not count."""
+    """Bring every draft's cache up to the trunk, which its first pass takes whole, unless
+    drafting rests. Passes made in the first round are the prefill and do not count."""
+    rnd = dataclasses.replace(rnd, active=rnd.active & rnd.drafting)
     caches, passes = list(state.caches), [jnp.int32(0)]
     for draft in range(1, len(caches)):
         caches[draft], made = stages.catch_up(rnd, draft, caches[draft], rnd.capacities.trunk)
@@ -398,8 +400,8 @@ def plant(rnd: Round, caches: tuple[KVCache, ...]) -> TokenTree:
     trunk = at(rnd.text, rnd.position(depth))
     cached = tuple(cache.length for cache in caches)
     growable = rnd.growable(trunk, depth)
-    nodes, levels = rnd.capacities.nodes, rnd.policy.levels
-    return trees.plant(trunk, rnd.length, nodes, growable, cached, levels)
+    levels = jnp.where(rnd.drafting, rnd.policy.levels, 0)
+    return trees.plant(trunk, rnd.length, rnd.capacities.nodes, growable, cached, levels)
 
 
 @jax.tree_util.register_dataclass

@@ -86,7 +86,7 @@ def best_width(
 
 
 def after_round(pace: Pace, tokens: jax.Array, cost: jax.Array) -> Pace:
-    """The pace after a round that drafted, and for each row committed ``tokens`` at ``cost``.
+    """The pace after a round that committed ``tokens`` at ``cost``, both float32 per row.
 
     When drafting no longer pays, it rests: for one round, then four, sixteen and so on until an
     attempt pays. What has never paid rests for sixteen at once: a short text has few attempts then.
@@ -94,7 +94,7 @@ def after_round(pace: Pace, tokens: jax.Array, cost: jax.Array) -> Pace:
     surplus = (pace.surplus + tokens - cost) / 2
     failed = surplus < 0
     longer = jnp.minimum(_LONGER * pace.next_rest, _LONGEST_REST)
-    return Pace(
+    drafted = Pace(
         tokens=_MEMORY * pace.tokens + tokens,
         cost=_MEMORY * pace.cost + cost,
         # The attempt after a rest is judged alone.
@@ -102,3 +102,4 @@ def after_round(pace: Pace, tokens: jax.Array, cost: jax.Array) -> Pace:
         rest=jnp.where(failed, pace.next_rest, 0),
         next_rest=jnp.where(failed, longer, jnp.where(tokens < cost, pace.next_rest, 1)),
     )
+    return jax.tree.map(lambda a, b: jnp.where(pace.drafting, a, b), drafted, pace.rested())

@@ -145,8 +145,8 @@ class Plan:
       chunk: tokens evaluated at once when a cache catches up with the text; four times as many
         as long as a single prompt lacks them.
       narrower: widths below ``width``, ascending, of which the oracle may use one instead where
-        more nodes are not worth their cost. Each is compiled apart. With 1 among them drafting
-        rests where it does not pay.
+        more nodes are not worth their cost. Each is compiled apart; with 1 among them, rounds in
+        which drafting rests are those of plain decoding, otherwise passes of ``width``.
       row_cost: of each node beyond the first in an oracle pass, in units of a pass over one.
     """
 

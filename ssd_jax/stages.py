@@ -43,6 +43,7 @@ class Round:
       start: ``[B]`` int32, how many of them are the prompt's.
       limit: ``[B]`` int32, the length at which a row ends.
       active: ``[B]`` bool.
+      drafting: bool, whether anything is proposed in this round.
       eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
       noise: of the positions that the tree may reach, ``None`` if all rows are greedy.
       history: what processors need to know of the text, ``None`` without them.
@@ -55,6 +56,7 @@ class Round:
     start: jax.Array
     limit: jax.Array
     active: jax.Array
+    drafting: jax.Array
     eos: jax.Array
     noise: Noise | None
     history: History | None
@@ -293,7 +295,7 @@ def grow(
         # loop would compile them twice.
         return more, *lax.while_loop(due, one_pass, (tree, caches))
 
-    carry = (jnp.bool_(True), tree, caches)
+    carry = (rnd.drafting, tree, caches)
     _, tree, caches = lax.while_loop(lambda carry: carry[0], one_round, carry)
     return tree, caches
 

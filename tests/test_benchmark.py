@@ -487,13 +487,21 @@ def test_a_failed_write_leaves_the_old_results(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_the_trees_of_the_first_rounds_are_those_that_the_text_came_from():
+@pytest.mark.parametrize(
+    ("plan", "drafts"),
+    [
+        (Plan.staged(1), [True, True, True, True]),
+        (Plan.staged(1).paced(9.0, [9.0]), [True, False, False, False]),
+    ],
+    ids=["drafting", "resting"],
+)
+def test_the_trees_of_the_first_rounds_are_those_that_the_text_came_from(plan, drafts):
     stack = ssd_jax.load(TRIO.parent / "python-tiny")
     prompt = "def add(a, b):\n"
-    plan = Plan.staged(1)
     expected = ssd_jax.generate(stack, prompt, plan=plan, max_new_tokens=60)
     trees = round_trees(stack, prompt, plan, rounds=4)
     assert len(trees) == 4
+    assert [len(nodes) > 1 for nodes in trees] == drafts
     for nodes, committed in zip(trees, expected.stats.round_tokens, strict=False):
         assert nodes[0]["parent"] == -1 and nodes[0]["accepted"] and nodes[0]["evaluated"]
         assert sum(node["accepted"] for node in nodes) == committed, "the root stands for the last"

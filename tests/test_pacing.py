@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
@@ -44,13 +43,7 @@ def attempts(tokens, costs):
     """Which rounds draft, where an attempt in round ``i`` brings ``tokens[i]`` at ``costs[i]``."""
 
     def step(pace, own):
-        drafting = pace.drafting
-        after = jax.tree.map(
-            lambda drafted, rested: jnp.where(drafting, drafted, rested),
-            after_round(pace, *own),
-            pace.rested(),
-        )
-        return after, drafting
+        return after_round(pace, *own), pace.drafting
 
     return jax.lax.scan(step, Pace.start(), (tokens, costs))[1]
 
@@ -131,14 +124,31 @@ def test_narrower_passes_write_what_plain_decoding_writes(sampling):
     assert used == set(WIDTHS)
 
 
-def test_a_useless_draft_mostly_rests():
+@pytest.mark.parametrize("narrower", [PLAN.narrower, ()], ids=["plainly", "in wide passes"])
+def test_a_useless_draft_mostly_rests(narrower):
     stack = toys.stack("never", ngram=False, layers=1)
     expected = run(stack, "greedy", Plan.baseline())
     passes = {}
     for cost in (0.0, 0.3):
         draft = replace(PLAN.drafts[0], cost=cost)
-        got = run(stack, "greedy", replace(PLAN, drafts=(draft,), ngram=None))
+        got = run(stack, "greedy", replace(PLAN, drafts=(draft,), ngram=None, narrower=narrower))
         assert got.tokens == expected.tokens
         passes[cost] = got.stats.round_passes["draft"]
-    assert all(passes[0.0][:-1])  # free, it never rests; the last round has no room to draft
+    assert all(passes[0.0][:-1])  # free, it never rests; for the last token nothing drafts
     assert sum(passes[0.3]) < sum(passes[0.0]) / 4
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_round_that_drafts_nothing_is_one_of_plain_decoding(sampling):
+    stack = toys.stack("between", ngram=False, layers=1)
+    expected = run(stack, sampling, Plan.baseline())
+    plan = replace(PLAN, narrower=(1,), drafts=(replace(PLAN.drafts[0], cost=1.0),))
+    got = run(stack, sampling, plan)
+    assert got.tokens == expected.tokens
+    rounds = list(zip(got.stats.round_widths, got.stats.round_passes["draft"], strict=True))
+    assert {1, PLAN.width} == set(got.stats.round_widths)
+    assert all((width == 1) == (passes == 0) for width, passes in rounds)
+    # Nothing is drafted for a last token, which is the oracle's own in any case.
+    last = run(stack, sampling, plan, new_tokens=1)
+    assert last.tokens == expected.tokens[:1]
+    assert (last.stats.round_widths, last.stats.round_passes["draft"]) == ([1], [0])
