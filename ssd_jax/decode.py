@@ -215,12 +215,15 @@ def decode(
         state, _ = carry
         return jnp.any((state.finish == RUNNING) & (state.length < yield_at))
 
-    def speculating(carry) -> jax.Array:
+    def drafts(carry) -> jax.Array:
         state, _ = carry
-        return unfinished(carry) & speculates(dataclasses.replace(state, **fixed))
+        return speculates(dataclasses.replace(state, **fixed))
+
+    def speculating(carry) -> jax.Array:
+        return unfinished(carry) & drafts(carry)
 
     def resting(carry) -> jax.Array:
-        return unfinished(carry) & ~speculating(carry)
+        return unfinished(carry) & ~drafts(carry)
 
     def rounds(step):
         def body(carry):
@@ -258,8 +261,8 @@ def prefill(
     catch up; most of a long prompt they are given here.
     """
     rnd = new_round(models, tables, state, sampling, policy, capacities)
-    caches = (settle(state.caches[0]), *state.caches[1:])
-    oracle, *drafts = (stages.prefill(rnd, model, cache) for model, cache in enumerate(caches))
+    caches = enumerate(settled(state).caches)
+    oracle, *drafts = (stages.prefill(rnd, model, cache) for model, cache in caches)
     oracle, _ = stages.catch_up(rnd, 0, oracle, backlog=1)
     return expecting(dataclasses.replace(state, caches=(oracle, *drafts)), capacities)
 
