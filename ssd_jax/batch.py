@@ -33,7 +33,7 @@ class Stats:
     Attributes:
       new_tokens: tokens generated.
       rounds: oracle passes after the prompt's.
-      passes: forward passes after the prompt's, by stage name.
+      passes: forward passes after the prompt's, by stage name; trials of drafts are not counted.
       round_tokens: tokens committed in each round.
       round_passes: ``passes`` round by round.
       round_widths: tokens in the oracle's pass, round by round.

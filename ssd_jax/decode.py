@@ -22,7 +22,7 @@ from ssd_jax import tree as trees
 from ssd_jax.carry import while_loop
 from ssd_jax.kv_cache import KVCache, settle
 from ssd_jax.ngram import NGramTables
-from ssd_jax.pacing import Pace, after_round, best_width
+from ssd_jax.pacing import AMONG, TRIAL, Pace, after_round, best_width
 from ssd_jax.plan import Capacities, Policy
 from ssd_jax.processors import History
 from ssd_jax.sampling import Noise, Sampling, best_few, choose, take
@@ -215,15 +215,13 @@ def decode(
         state, _ = carry
         return jnp.any((state.finish == RUNNING) & (state.length < yield_at))
 
-    def drafts(carry) -> jax.Array:
-        state, _ = carry
-        return speculates(dataclasses.replace(state, **fixed))
+    def going_on(drafts: bool):
+        def cond(carry) -> jax.Array:
+            state = dataclasses.replace(carry[0], **fixed)
+            same = speculates(state, capacities) == drafts
+            return unfinished(carry) & same & ~trial_due(models, state, sampling, capacities)
 
-    def speculating(carry) -> jax.Array:
-        return unfinished(carry) & drafts(carry)
-
-    def resting(carry) -> jax.Array:
-        return unfinished(carry) & ~drafts(carry)
+        return cond
 
     def rounds(step):
         def body(carry):
@@ -236,8 +234,12 @@ def decode(
         return body
 
     def in_turns(carry):
-        state, noise = while_loop(speculating, rounds(speculative_step), carry)
-        state, noise = while_loop(resting, rounds(plain_step), (settled(state), noise))
+        state, noise = carry
+        state = dataclasses.replace(state, **fixed)
+        state = prepared(models, tables, state, sampling, policy, capacities)
+        carry = dataclasses.replace(state, **elsewhere), noise
+        state, noise = while_loop(going_on(True), rounds(speculative_step), carry)
+        state, noise = while_loop(going_on(False), rounds(plain_step), (settled(state), noise))
         return expecting(state, capacities), noise
 
     state = prefill(models, tables, state, sampling, policy, capacities)
@@ -258,13 +260,46 @@ def prefill(
     """Bring the oracle's cache up to the root, once and for all: every round leaves it there.
 
     Arguments as for :func:`decode`. Drafts may fall behind, so that it is in the rounds that they
-    catch up; most of a long prompt they are given here.
+    catch up.
     """
     rnd = new_round(models, tables, state, sampling, policy, capacities)
-    caches = enumerate(settled(state).caches)
-    oracle, *drafts = (stages.prefill(rnd, model, cache) for model, cache in caches)
-    oracle, _ = stages.catch_up(rnd, 0, oracle, backlog=1)
-    return expecting(dataclasses.replace(state, caches=(oracle, *drafts)), capacities)
+    oracle, *drafts = settled(state).caches
+    oracle, _ = stages.catch_up(rnd, 0, stages.prefill(rnd, 0, oracle), backlog=1)
+    state = expecting(dataclasses.replace(state, caches=(oracle, *drafts)), capacities)
+    if capacities.rests:
+        return state
+    return prepared(models, tables, state, sampling, policy, capacities)
+
+
+def prepared(
+    models: tuple[Any, ...],
+    tables: NGramTables | None,
+    state: DecodeState,
+    sampling: Sampling,
+    policy: Policy,
+    capacities: Capacities,
+) -> DecodeState:
+    """With the drafts ready to be asked: the first is tried if that is due, and all that will be
+    asked have read most of a long text.
+
+    Arguments as for :func:`decode`. Where drafting may rest, this comes before every round, or
+    every run of rounds of one kind.
+    """
+    rnd = new_round(models, tables, state, sampling, policy, capacities)
+    pace = state.pace
+    if _tries(models, sampling, capacities):
+
+        def trial(pace: Pace) -> Pace:
+            foreseen = stages.foresight(rnd, 1, TRIAL, AMONG) / jnp.sum(rnd.active)
+            # What is thought to be free may fail as often as it likes.
+            return pace.tried(jnp.where(policy.draft_cost[0] > 0, foreseen, TRIAL))
+
+        due = trial_due(models, state, sampling, capacities)
+        pace = lax.cond(due, trial, lambda pace: pace, pace)
+    rnd = dataclasses.replace(rnd, active=rnd.active & pace.drafting & pace.trusted)
+    oracle, *drafts = state.caches
+    drafts = [stages.prefill(rnd, model, cache) for model, cache in enumerate(drafts, 1)]
+    return dataclasses.replace(state, caches=(oracle, *drafts), pace=pace)
 
 
 def expecting(state: DecodeState, capacities: Capacities) -> DecodeState:
@@ -282,11 +317,30 @@ def settled(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, caches=(settle(state.caches[0]), *state.caches[1:]))
 
 
-def speculates(state: DecodeState) -> jax.Array:
-    """bool: the next round drafts, as drafting does not rest and there is room for more than the
-    oracle's own token."""
-    roomy = (state.finish == RUNNING) & (state.length + 1 < state.limit)
-    return state.pace.drafting & jnp.any(roomy)
+def speculates(state: DecodeState, capacities: Capacities) -> jax.Array:
+    """bool: the next round drafts, as drafting does not rest, there is room for more than the
+    oracle's own token, and some stage is asked."""
+    asked = state.pace.drafting & _roomy(state)
+    return asked if capacities.ngram is not None else asked & state.pace.trusted
+
+
+def trial_due(
+    models: tuple[Any, ...], state: DecodeState, sampling: Sampling, capacities: Capacities
+) -> jax.Array:
+    """bool: :func:`prepared` will try the first draft; every running row has text enough for it."""
+    if not _tries(models, sampling, capacities):
+        return jnp.bool_(False)
+    enough = (state.length > TRIAL) | (state.finish != RUNNING)
+    return state.pace.trial_due & _roomy(state) & jnp.all(enough)
+
+
+def _tries(models: tuple[Any, ...], sampling: Sampling, capacities: Capacities) -> bool:
+    """Whether drafts are tried at all: not where processors may change what they say."""
+    return capacities.rests and len(models) > 1 and sampling.processors is None
+
+
+def _roomy(state: DecodeState) -> jax.Array:
+    return jnp.any((state.finish == RUNNING) & (state.length + 1 < state.limit))
 
 
 def plain_step(
@@ -359,6 +413,7 @@ def new_round(
         limit=state.limit,
         active=state.finish == RUNNING,
         drafting=state.pace.drafting,
+        trusted=state.pace.trusted,
         eos=state.eos,
         noise=noise or noise_ahead(models, state, sampling, capacities),
         history=history,
@@ -386,9 +441,9 @@ def noise_ahead(
 
 
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Bring every draft's cache up to the trunk, which its first pass takes whole, unless
-    drafting rests. Passes made in the first round are the prefill and do not count."""
-    rnd = dataclasses.replace(rnd, active=rnd.active & rnd.drafting)
+    """Bring every draft's cache up to the trunk, which its first pass takes whole, unless it is
+    not asked. Passes made in the first round are the prefill and do not count."""
+    rnd = dataclasses.replace(rnd, active=rnd.active & rnd.drafting & rnd.trusted)
     caches, passes = list(state.caches), [jnp.int32(0)]
     for draft in range(1, len(caches)):
         caches[draft], made = stages.catch_up(rnd, draft, caches[draft], rnd.capacities.trunk)

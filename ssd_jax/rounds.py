@@ -21,6 +21,7 @@ from ssd_jax.decode import (
     expecting,
     plain_step,
     prefill,
+    prepared,
     settled,
     speculates,
     speculative_step,
@@ -32,6 +33,7 @@ from ssd_jax.sampling import Sampling
 from ssd_jax.stack import Stack
 
 _prefill = jax.jit(prefill, static_argnames="capacities")
+_prepared = jax.jit(prepared, static_argnames="capacities")
 _step = jax.jit(speculative_step, static_argnames="capacities")
 
 
@@ -81,8 +83,10 @@ def round_trees(
         state = _prefill(models, tables, state, sampling, policy, capacities)
         while int(state.finish[0]) == RUNNING and len(found) != rounds:
             step, root = _step, capacities.trunk - 1
-            if capacities.rests and not speculates(state):
-                step, root = _rest, 0
+            if capacities.rests:
+                state = _prepared(models, tables, state, sampling, policy, capacities)
+                if not speculates(state, capacities):
+                    step, root = _rest, 0
             state, tree, verdict = step(models, tables, state, sampling, policy, capacities)
             tree, verdict = jax.device_get((tree, verdict))
             found.append(_nodes(stack, names, tree, verdict, root))

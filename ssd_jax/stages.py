@@ -44,6 +44,7 @@ class Round:
       limit: ``[B]`` int32, the length at which a row ends.
       active: ``[B]`` bool.
       drafting: bool, whether anything is proposed in this round.
+      trusted: bool, whether the model drafts are asked.
       eos: ``[B, F]`` int32 end-of-text ids, padded with -1.
       noise: of the positions that the tree may reach, ``None`` if all rows are greedy.
       history: what processors need to know of the text, ``None`` without them.
@@ -57,6 +58,7 @@ class Round:
     limit: jax.Array
     active: jax.Array
     drafting: jax.Array
+    trusted: jax.Array
     eos: jax.Array
     noise: Noise | None
     history: History | None
@@ -141,6 +143,28 @@ def prefill(rnd: Round, model: int, cache: KVCache) -> KVCache:
         return jnp.any(rnd.active & (goal - cache.length > wide - chunk))
 
     return lax.while_loop(more, step, cache)
+
+
+def foresight(rnd: Round, model: int, newest: int, among: int) -> jax.Array:
+    """A trial of a draft: how many of the text's ``newest`` tokens it would have had ``among`` its
+    best.
+
+    It reads them anew and nothing before them, so that neither is its cache needed nor changed. A
+    text must be longer than they are.
+
+    Returns:
+      int32, of all active rows together.
+    """
+    position = rnd.length[:, None] - 1 - newest + jnp.arange(newest + 1)
+    token = at(rnd.text, position)
+    network = rnd.models[model]
+    with jax.named_scope("trial"):
+        reachable = jnp.clip(position[:, :-1], 0, network.config.n_positions - 1)
+        logits, _ = network(token[:, :-1], reachable)
+    own = take(logits, token[:, 1:, None], axis=2)
+    # Itself included, and whatever is no number.
+    rank = jnp.sum(~(logits < own), axis=-1)
+    return jnp.sum(rnd.active[:, None] & (rank <= among))
 
 
 def _in_reach(rnd: Round, model: int) -> jax.Array:
@@ -275,7 +299,7 @@ def grow(
         made = tree.passes(stage)
         room = (made < rnd.capacities.passes[stage]) & (made - begun < rnd.policy.rounds[draft])
         # An empty tree's best is minus infinity, which is no pass even at threshold 0.
-        return jnp.any(room & (best >= threshold) & (best > -jnp.inf))
+        return rnd.trusted & jnp.any(room & (best >= threshold) & (best > -jnp.inf))
 
     def one_pass(carry):
         tree, caches = carry

@@ -1,6 +1,7 @@
 """The benchmark's records, and its summary recomputed by hand."""
 
 import ast
+import dataclasses
 import gzip
 import json
 import re
@@ -18,6 +19,7 @@ from ssd_jax.benchmark import ablations, command, measure, peers, results, schem
 from ssd_jax.benchmark.prompts import load_prompts, read_prompts
 from ssd_jax.benchmark.summary import by_prompt, is_repetitive, speedups, summarize
 from ssd_jax.errors import DataError
+from ssd_jax.pacing import TRIAL
 from ssd_jax.plan import MODES as ALL_MODES
 from ssd_jax.plan import Plan
 from ssd_jax.rounds import round_trees
@@ -514,6 +516,20 @@ def test_the_trees_of_the_first_rounds_are_those_that_the_text_came_from(plan, d
             assert not node["evaluated"] or above["evaluated"]
         text = "".join(node["token"] for node in nodes[1:] if node["accepted"])
         assert text in expected.text
+
+
+def test_the_trees_of_a_hopeless_draft_have_none_of_its_nodes():
+    stack = ssd_jax.load(TRIO.parent / "python-tiny")
+    prompt = "def add(numbers):\n    total = 0\n    for number in numbers:\n"
+    unlikely = len(stack.tokenizer.encode(prompt)), stack.vocab_size - 1
+    assert unlikely[0] > TRIAL
+    stack = dataclasses.replace(stack, drafts=(toys.stubborn(stack.drafts[0], unlikely[1]),))
+    plan = Plan.staged(1).paced(0.05, [0.1])
+    expected = ssd_jax.generate(stack, prompt, plan=plan, max_new_tokens=30)
+    assert sum(expected.stats.round_passes["draft"]) == 0
+    trees = round_trees(stack, prompt, plan, max_new_tokens=30)
+    assert len(trees) == expected.stats.rounds
+    assert {node["stage"] for nodes in trees for node in nodes[1:]} == {"ngram"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Run-time adaptation: the best width, rests where drafting does not pay, the same text."""
+"""Run-time adaptation: the best width, rests where drafting does not pay, trials of drafts, the
+same text."""
 
 from dataclasses import replace
 
@@ -9,10 +10,13 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_jax.batch import generate_batch
-from ssd_jax.pacing import Pace, after_round, best_width
-from ssd_jax.plan import DraftPlan, NGramPlan, Plan
+from ssd_jax.batch import Batch, first_state, generate_batch
+from ssd_jax.decode import new_round
+from ssd_jax.pacing import AMONG, TRIAL, Pace, after_round, best_width
+from ssd_jax.plan import Capacities, DraftPlan, NGramPlan, Plan, Policy
 from ssd_jax.sampling import Sampling
+from ssd_jax.stack import Stack
+from ssd_jax.stages import foresight
 
 ROUNDS = 3000
 LONGEST_REST = 64
@@ -152,3 +156,132 @@ def test_a_round_that_drafts_nothing_is_one_of_plain_decoding(sampling):
     last = run(stack, sampling, plan, new_tokens=1)
     assert last.tokens == expected.tokens[:1]
     assert (last.stats.round_widths, last.stats.round_passes["draft"]) == ([1], [0])
+
+
+def test_a_draft_that_fails_its_trial_is_asked_again_after_a_long_rest():
+    failed = jax.jit(Pace.tried)(Pace.start(), np.float32(0.9))
+    waited = {"resting": failed, "drafting": failed}
+    for _ in range(LONGEST_REST):
+        assert not any(pace.trusted or pace.trial_due for pace in waited.values())
+        waited["resting"] = waited["resting"].rested()
+        waited["drafting"] = after_round(waited["drafting"], np.float32(3), np.float32(2))
+    assert all(pace.trial_due for pace in waited.values())
+    passed = jax.jit(Pace.tried)(waited["drafting"], np.float32(1))
+    for _ in range(3 * LONGEST_REST):
+        assert passed.trusted and not passed.trial_due
+        passed = after_round(passed, np.float32(3), np.float32(2))
+
+
+def ranks(draft, text) -> np.ndarray:
+    """How many tokens the draft prefers to each of the newest, of which it reads nothing else."""
+    newest = np.array(text[-TRIAL - 1 :], np.int32)
+    position = np.arange(len(text) - TRIAL - 1, len(text) - 1)
+    logits = np.asarray(draft(newest[None, :-1], position[None])[0][0])
+    own = logits[np.arange(TRIAL), newest[1:]]
+    return (logits > own[:, None]).sum(axis=-1)
+
+
+def trial(draft, texts) -> int:
+    models = (draft, draft)
+    capacities = Capacities.of(PLAN, 64)
+    limits = [len(text) if len(text) <= TRIAL else 60 for text in texts]
+    state = first_state(models, texts, limits, (), capacities)
+    sampling = Sampling.create(len(state.length))
+    rnd = new_round(models, None, state, sampling, Policy.of(PLAN), capacities)
+    return int(foresight(rnd, 1, TRIAL, AMONG))
+
+
+def test_a_trial_counts_what_the_draft_would_have_said():
+    draft = toys.blend(toys.model(0), 0.3)
+    random = np.random.default_rng(5).integers(0, toys.VOCAB, 40).tolist()
+    said = PROMPT + run(toys.stack("between"), "greedy", Plan.baseline(), 20).tokens
+    both = [trial(draft, [text]) for text in (random[: TRIAL + 1], random, said)]
+    assert both == [
+        int((ranks(draft, t) < AMONG).sum()) for t in (random[: TRIAL + 1], random, said)
+    ]
+    assert len(set(both)) > 1 and max(both) <= TRIAL
+    # A row that has ended does not count, however short it is.
+    assert trial(draft, [random, said, [7]]) == sum(both[1:])
+    # Nor does what is no number count as foreseen.
+    assert trial(toys.blend(draft, float("nan")), [said]) == 0
+
+
+def hopeless(stack, text) -> Stack:
+    """The stack with a draft that has no token of the text among its best."""
+    for token in range(toys.VOCAB):
+        draft = toys.stubborn(toys.model(50, layers=1), token)
+        best = np.argsort(np.asarray(draft(np.zeros((1, 1), np.int32))[0])[0, 0])[-AMONG:]
+        if not set(best.tolist()) & set(text):
+            return replace(stack, drafts=(draft,))
+    raise AssertionError("the text has tokens of every kind")
+
+
+COSTLY = replace(PLAN, narrower=(1,), drafts=(replace(PLAN.drafts[0], cost=0.2),))
+PATIENT = 17 - len(PROMPT)  # tokens until there is text enough for a trial
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_hopeless_draft_is_not_asked(sampling):
+    stack = toys.stack("between", ngram=False, layers=1)
+    expected = run(stack, sampling, Plan.baseline(), 30)
+    stack = hopeless(stack, PROMPT + expected.tokens)
+    for plan in (COSTLY, replace(COSTLY, ngram=None)):
+        got = run(stack, sampling, plan, 30)
+        assert got.tokens == expected.tokens
+        assert sum(got.stats.round_passes["draft"][:PATIENT]) > 0
+        assert sum(got.stats.round_passes["draft"][PATIENT:]) == 0
+        if plan.ngram is None:
+            assert set(got.stats.round_widths[PATIENT:]) == {1}
+
+
+def test_look_up_goes_on_without_a_hopeless_draft():
+    stack = toys.stack("between", ngram=False, layers=1)
+    prompt = PROMPT + run(stack, "greedy", Plan.baseline(), 40).tokens
+    stack = hopeless(stack, prompt)
+    noise = Sampling.create(1)
+    expected = generate_batch(stack, [prompt], 40, noise, Plan.baseline())[0]
+    got = generate_batch(stack, [prompt], 40, noise, COSTLY)[0]
+    assert got.tokens == expected.tokens
+    assert sum(got.stats.round_passes["draft"]) == 0
+    assert got.stats.rounds < 35
+
+
+def test_a_draft_gets_another_trial():
+    """The prompt is beyond it, the text that follows is its own."""
+    stack = toys.stack("always", ngram=False, layers=1, n_positions=192)
+    rng = np.random.default_rng(0)
+    prompts = (rng.integers(0, toys.VOCAB, TRIAL + 1).tolist() for _ in range(200))
+    prompt = next(p for p in prompts if (ranks(stack.oracle, p) >= AMONG).all())
+    plan = replace(COSTLY, ngram=None)
+    got = generate_batch(stack, [prompt], 100, Sampling.create(1), plan)[0]
+    asked = np.array(got.stats.round_passes["draft"]) > 0
+    assert not asked[:LONGEST_REST].any() and asked[LONGEST_REST:-1].all()
+    assert len(asked) < LONGEST_REST + 36 / 2
+
+
+def test_what_processors_change_is_no_trial():
+    stack = toys.stack("between", ngram=False, layers=1)
+    noise = Sampling.create(1, repetition_penalty=1.3)
+    expected = generate_batch(stack, [PROMPT], 30, noise, Plan.baseline())[0]
+    stack = hopeless(stack, PROMPT + expected.tokens)
+    draft = replace(COSTLY.drafts[0], cost=1e-6)
+    plan = replace(COSTLY, ngram=None, drafts=(draft,))
+    got = generate_batch(stack, [PROMPT], 30, noise, plan)[0]
+    assert got.tokens == expected.tokens
+    assert sum(got.stats.round_passes["draft"][PATIENT:]) > 0
+
+
+@pytest.mark.parametrize("kind", ["hopeless", "between"])
+def test_chunks_try_drafts_where_one_run_does(kind):
+    stack = toys.stack("between", ngram=False, layers=1)
+    whole = run(stack, "greedy", Plan.baseline(), 40)
+    if kind == "hopeless":
+        stack = hopeless(stack, PROMPT + whole.tokens)
+    whole = run(stack, "greedy", COSTLY, 40)
+    batch = Batch(stack, [PROMPT], 40, Sampling.create(1, seed=3), COSTLY)
+    while batch.running:
+        batch.advance(3)
+    (got,) = batch.results([batch.ending(0)], [None])
+    assert got.tokens == whole.tokens
+    assert got.stats.round_widths == whole.stats.round_widths
+    assert got.stats.round_passes == whole.stats.round_passes
