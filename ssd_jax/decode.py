@@ -296,7 +296,7 @@ def prepared(
 
         due = trial_due(models, state, sampling, capacities)
         pace = lax.cond(due, trial, lambda pace: pace, pace)
-    rnd = dataclasses.replace(rnd, active=rnd.active & pace.drafting & pace.trusted)
+    rnd = dataclasses.replace(rnd, trusted=pace.trusted).for_drafts()
     oracle, *drafts = state.caches
     drafts = [stages.prefill(rnd, model, cache) for model, cache in enumerate(drafts, 1)]
     return dataclasses.replace(state, caches=(oracle, *drafts), pace=pace)
@@ -443,7 +443,7 @@ def noise_ahead(
 def _catch_up(rnd: Round, state: DecodeState) -> tuple[tuple[KVCache, ...], jax.Array]:
     """Bring every draft's cache up to the trunk, which its first pass takes whole, unless it is
     not asked. Passes made in the first round are the prefill and do not count."""
-    rnd = dataclasses.replace(rnd, active=rnd.active & rnd.drafting & rnd.trusted)
+    rnd = rnd.for_drafts()
     caches, passes = list(state.caches), [jnp.int32(0)]
     for draft in range(1, len(caches)):
         caches[draft], made = stages.catch_up(rnd, draft, caches[draft], rnd.capacities.trunk)

@@ -66,6 +66,10 @@ class Round:
     policy: Policy
     capacities: Capacities
 
+    def for_drafts(self) -> Round:
+        """The same to models that draft: no row is active where they are not asked."""
+        return dataclasses.replace(self, active=self.active & self.drafting & self.trusted)
+
     def growable(self, token: jax.Array, depth: jax.Array) -> jax.Array:
         """``[B, C]`` bool: whether nodes of a ``token`` and a ``depth`` may have children."""
         ended = (depth > 0) & jnp.any(token[:, :, None] == self.eos[:, None, :], axis=-1)
@@ -157,10 +161,9 @@ def foresight(rnd: Round, model: int, newest: int, among: int) -> jax.Array:
     """
     position = rnd.length[:, None] - 1 - newest + jnp.arange(newest + 1)
     token = at(rnd.text, position)
-    network = rnd.models[model]
+    reachable = jnp.clip(position[:, :-1], 0, rnd.models[model].config.n_positions - 1)
     with jax.named_scope("trial"):
-        reachable = jnp.clip(position[:, :-1], 0, network.config.n_positions - 1)
-        logits, _ = network(token[:, :-1], reachable)
+        logits, _ = forward(rnd, model, token[:, :-1], reachable)
     own = take(logits, token[:, 1:, None], axis=2)
     # Itself included, and whatever is no number.
     rank = jnp.sum(~(logits < own), axis=-1)

@@ -521,9 +521,9 @@ def test_the_trees_of_the_first_rounds_are_those_that_the_text_came_from(plan, d
 def test_the_trees_of_a_hopeless_draft_have_none_of_its_nodes():
     stack = ssd_jax.load(TRIO.parent / "python-tiny")
     prompt = "def add(numbers):\n    total = 0\n    for number in numbers:\n"
-    unlikely = len(stack.tokenizer.encode(prompt)), stack.vocab_size - 1
-    assert unlikely[0] > TRIAL
-    stack = dataclasses.replace(stack, drafts=(toys.stubborn(stack.drafts[0], unlikely[1]),))
+    assert len(stack.tokenizer.encode(prompt)) > TRIAL
+    hopeless = toys.stubborn(stack.drafts[0], stack.vocab_size - 1)
+    stack = dataclasses.replace(stack, drafts=(hopeless,))
     plan = Plan.staged(1).paced(0.05, [0.1])
     expected = ssd_jax.generate(stack, prompt, plan=plan, max_new_tokens=30)
     assert sum(expected.stats.round_passes["draft"]) == 0

@@ -195,13 +195,12 @@ def test_a_trial_counts_what_the_draft_would_have_said():
     draft = toys.blend(toys.model(0), 0.3)
     random = np.random.default_rng(5).integers(0, toys.VOCAB, 40).tolist()
     said = PROMPT + run(toys.stack("between"), "greedy", Plan.baseline(), 20).tokens
-    both = [trial(draft, [text]) for text in (random[: TRIAL + 1], random, said)]
-    assert both == [
-        int((ranks(draft, t) < AMONG).sum()) for t in (random[: TRIAL + 1], random, said)
-    ]
-    assert len(set(both)) > 1 and max(both) <= TRIAL
+    texts = (random[: TRIAL + 1], random, said)
+    foreseen = [trial(draft, [text]) for text in texts]
+    assert foreseen == [int((ranks(draft, text) < AMONG).sum()) for text in texts]
+    assert len(set(foreseen)) > 1 and max(foreseen) <= TRIAL
     # A row that has ended does not count, however short it is.
-    assert trial(draft, [random, said, [7]]) == sum(both[1:])
+    assert trial(draft, [random, said, [7]]) == sum(foreseen[1:])
     # Nor does what is no number count as foreseen.
     assert trial(toys.blend(draft, float("nan")), [said]) == 0
 
@@ -217,7 +216,7 @@ def hopeless(stack, text) -> Stack:
 
 
 COSTLY = replace(PLAN, narrower=(1,), drafts=(replace(PLAN.drafts[0], cost=0.2),))
-PATIENT = 17 - len(PROMPT)  # tokens until there is text enough for a trial
+PATIENT = TRIAL + 1 - len(PROMPT)  # tokens until there is text enough for a trial
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
