@@ -27,7 +27,7 @@ from flax import nnx, serialization, traverse_util
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ssd_jax import files, gpt2
+from ssd_jax import files, gpt2, int8
 from ssd_jax.errors import CheckpointError, ConfigError
 from ssd_jax.gpt2 import GPT2, GPT2Config
 
@@ -214,6 +214,8 @@ def load_model(
     model = result
     if rounded or turned:
         model = gpt2.abstract(config, dtype=operands, param_dtype=operands)
+    elif result.numerics == "int8":
+        model = gpt2.abstract(config, dtype=operands, param_dtype=np.int8, activations8=False)
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     shapes = {_hf_name(keys): tuple(param.shape) for keys, param in params}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -276,11 +278,13 @@ def quantize(model: GPT2) -> GPT2:
 def _with_weights(model: GPT2, values: Iterable[tuple[tuple, Any]]) -> GPT2:
     """An abstract model with these weights by path, put on the device one at a time."""
     params = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, gpt2.Tiles))))
+
     # Copies, since JAX could otherwise alias memory that belongs to a file.
-    loaded = [
-        (keys, params[keys].replace(jax.device_put(np.array(value, params[keys].dtype))))
-        for keys, value in values
-    ]
+    def kept(value: Any, dtype: np.dtype) -> jax.Array:
+        kind = int8.unsigned(value) if dtype == np.uint8 else np.array(value, dtype)
+        return jax.device_put(kind)
+
+    loaded = [(keys, params[keys].replace(kept(x, params[keys].dtype))) for keys, x in values]
     nnx.update(model, nnx.from_flat_state(loaded))
     return model
 

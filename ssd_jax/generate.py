@@ -276,7 +276,8 @@ def resolve_plan(
     if mode == "staged" and jax.default_backend() == "cpu":
         oracle = stack.oracle
         shares = [draft.config.multiplied / oracle.config.multiplied for draft in stack.drafts]
-        default = default.on_cpu(shares, tiled=oracle.tiled)
+        eight = oracle.numerics == "int8"
+        default = default.on_cpu(shares, tiled=oracle.tiled, eight=eight)
     if plan is None and mode == "staged":
         found = tuned.load(stack)
         plan = found.plans.get(tuned.KINDS[sampled]) if found else None

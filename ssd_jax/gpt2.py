@@ -326,16 +326,20 @@ class Linear(nnx.Module):
 
 
 def _weights(shape: tuple[int, int], std: float, dtype, rngs: nnx.Rngs) -> nnx.Param:
-    """Random; int8 ones, which are never trained, are zeros."""
+    """Random; 8-bit ones, which are never trained, wait to be loaded."""
     key = rngs.params()
-    if dtype == jnp.int8:
+    if _is_8_bits(dtype):
         return nnx.Param(jnp.zeros(shape, dtype))
     return nnx.Param(nnx.initializers.normal(std)(key, shape, dtype))
 
 
 def _scales(n_out: int, dtype) -> nnx.Param | None:
-    """Of int8 weights, one for each output; ``None`` for others."""
-    return nnx.Param(jnp.ones((n_out,), jnp.float32)) if dtype == jnp.int8 else None
+    """Of 8-bit weights, one for each output; ``None`` for others."""
+    return nnx.Param(jnp.ones((n_out,), jnp.float32)) if _is_8_bits(dtype) else None
+
+
+def _is_8_bits(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer)
 
 
 def _slot_axes(attention: str, turned: bool) -> tuple[int, int]:
@@ -488,8 +492,8 @@ class GPT2(nnx.Module):
       config: the architecture.
       dtype: operand type of every matrix product, and of the KV cache.
       param_dtype: storage type of embeddings and kernels; layer norms and biases stay float32.
-        With int8, position embeddings are of type ``dtype``, and all int8 weights are zeros until
-        they are loaded.
+        With int8, position embeddings are of type ``dtype``, and the 8-bit weights, which some
+        processors want unsigned (:func:`ssd_jax.int8.prefers_unsigned`), wait to be loaded.
       activations8: with int8, whether the inputs of kernels and head are rounded to 8 bits as well
         (:mod:`ssd_jax.int8`); by default on a CPU.
       attention: of passes with a cache. ``einsum``, with heads before slots, is XLA's own;
@@ -521,9 +525,12 @@ class GPT2(nnx.Module):
         stored = jnp.dtype(param_dtype)
         if activations8 is None:
             activations8 = jax.default_backend() == "cpu"
-        self.activations8 = activations8 and stored == jnp.int8
-        self.exact = self.activations8 or (exact and stored != jnp.int8)
-        self.turned = turned or self.exact or stored == jnp.int8
+        eight = _is_8_bits(stored)
+        self.activations8 = activations8 and eight
+        self.exact = self.activations8 or (exact and not eight)
+        self.turned = turned or self.exact or eight
+        if self.activations8 and config.n_embd >= int8.LEAST and int8.prefers_unsigned():
+            stored = jnp.dtype(jnp.uint8)
         small = stored == jnp.float32 and config.n_embd <= _TILED_WIDTH
         self.tiled = turned and small and not self.exact
         suitable = "einsum" if self.exact else _default_attention(config, self.dtype)
@@ -543,7 +550,7 @@ class GPT2(nnx.Module):
 
         self.wte = table(config.vocab_size, stored)
         self.wte_scale = _scales(config.vocab_size, stored)
-        self.wpe = table(config.n_positions, self.dtype if stored == jnp.int8 else stored)
+        self.wpe = table(config.n_positions, self.dtype if eight else stored)
         self.h = nnx.List(
             [Block(config, layer, self.attention, **kinds) for layer in range(config.n_layer)]
         )
@@ -615,8 +622,10 @@ class GPT2(nnx.Module):
         return str(self.dtype) if self.wte_scale is None else "int8"
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        rows = self.wte[...][tokens].astype(jnp.float32)
-        return rows if self.wte_scale is None else rows * self.wte_scale[...][tokens][..., None]
+        rows = self.wte[...][tokens]
+        if self.wte_scale is None:
+            return rows.astype(jnp.float32)
+        return int8.restored(rows, self.wte_scale[...][tokens])
 
     def _head(self, x: jax.Array) -> jax.Array:
         """``[B, T, E]`` -> logits ``[B, T, V]``."""
@@ -667,10 +676,12 @@ def tiled(params: Iterable[tuple[tuple, Any]], head: str) -> Iterator[tuple[tupl
 
 
 def unturned(model: GPT2) -> Iterator[tuple[tuple, Any]]:
-    """Paths (as from ``nnx.to_flat_state``) and values of a model's parameters, with kernels
-    ``[in, out]`` unless they are int8."""
+    """Paths (as from ``nnx.to_flat_state``) and values of a model's parameters as they are stored:
+    kernels ``[in, out]``, or ``[out, in]`` ones of int8, signed."""
     params = ((path, param[...]) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    return turned(params) if model.turned and model.numerics != "int8" else params
+    if model.numerics != "int8":
+        return turned(params) if model.turned else params
+    return ((path, int8.signed(x) if x.dtype == jnp.uint8 else x) for path, x in params)
 
 
 def quantized(params: Iterable[tuple[tuple, Any]]) -> Iterator[tuple[tuple, Any]]:

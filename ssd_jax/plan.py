@@ -205,29 +205,32 @@ class Plan:
             nodes=64,
         )
 
-    def on_cpu(self, shares: Sequence[float], *, tiled: bool = False) -> Plan:
+    def on_cpu(self, shares: Sequence[float], *, tiled: bool = False, eight: bool = False) -> Plan:
         """This plan where every row of a pass costs: with the root alone to fall back on, and
         narrower and surer of each pass of a draft that is no trifle beside the oracle.
 
-        The numbers are those of two oracles in float32 on two cores, one of 13M parameters with a
-        draft a tenth its size, one of 131M with the same draft (``docs/performance.md``). Rows come
-        by eights there, or of a tiled oracle by fives.
+        The numbers are those of two oracles on two cores, one of 13M parameters with a draft a
+        tenth its size, one of 131M with the same draft (``docs/performance.md``). In float32 rows
+        come by eights there, or of a tiled oracle by fives; in 8 bits a plain step is so fast that
+        all else costs more of them.
 
         Args:
           shares: size of each draft over the oracle's.
           tiled: whether the oracle is (:class:`~ssd_jax.gpt2.GPT2`).
+          eight: whether its weights are of 8 bits.
         """
-        if max(shares, default=0.0) < _TRIFLE:
+        if max(shares, default=0.0) < _TRIFLE and not eight:
             wide = dataclasses.replace(self, width=16)
             return wide.paced(0.025, [1.3 * share for share in shares])
         drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
         plan = dataclasses.replace(self, width=5 if tiled else 8, nodes=32, drafts=drafts)
-        if not tiled:
+        if not tiled and not eight:
             return plan.trimmed().paced(0.05, shares)
-        if plan.ngram is not None:  # of five nodes few are its guesses
+        if plan.ngram is not None:  # of so few nodes few are its guesses
             few = dataclasses.replace(plan.ngram, levels=2, width=2)
             plan = dataclasses.replace(plan, ngram=few)
-        return plan.trimmed().paced(0.03, [0.8 * share for share in shares])
+        row_cost, of_share = (0.03, 0.8) if tiled else (0.09, 1.7)
+        return plan.trimmed().paced(row_cost, [of_share * share for share in shares])
 
     def trimmed(self) -> Plan:
         """This plan without levels that its oracle cannot look at: a node is evaluated with all of

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
 from flax import nnx
+from safetensors.numpy import load_file
 
 import ssd_jax
 from ssd_jax import checkpoint, gpt2, int8
 from ssd_jax.errors import CheckpointError, ConfigError
-from ssd_jax.gpt2 import GPT2
+from ssd_jax.generate import resolve_plan
+from ssd_jax.gpt2 import GPT2, GPT2Config
+from ssd_jax.stack import Stack
 from ssd_jax.training import command, tokens
 from ssd_jax.training.config import TokenizerConfig
 from ssd_jax.training.surgery import widen
 
 
+def filled(model: GPT2, values: dict) -> GPT2:
+    """An abstract model with these weights, by path."""
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    state = [(path, param.replace(values[path].astype(param.dtype))) for path, param in params]
+    nnx.update(model, nnx.from_flat_state(state))
+    return model
+
+
 def dequantized(model: GPT2) -> GPT2:
     """The float model whose weights are exactly those that the int8 model stands for."""
-    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    floats = gpt2.abstract(model.config)
-    loaded = []
-    for path, param in nnx.to_flat_state(nnx.state(floats, nnx.Param)):
-        value = params[path][...].astype(jnp.float32)
-        scale = params.get((*path[:-1], f"{path[-1]}_scale"))
-        if scale is not None:
-            value = value * scale[...][:, None]
-            value = value.T if path[-1] == "kernel" else value
-        loaded.append((path, param.replace(value)))
-    nnx.update(floats, nnx.from_flat_state(loaded))
-    return floats
+    params = dict(gpt2.unturned(model))
+    for path, value in params.items():
+        if (scale := params.get((*path[:-1], f"{path[-1]}_scale"))) is not None:
+            value = value.astype(jnp.float32) * scale[:, None]
+            params[path] = value.T if path[-1] == "kernel" else value
+    return filled(gpt2.abstract(model.config), params)
 
 
 def weights(model: GPT2) -> dict:
@@ -59,7 +65,7 @@ def test_a_weight_is_off_by_half_a_step_at_most():
     assert (np.abs(stored).max(axis=1) == 127)[scale > 0].all()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 20])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 20, 32, 130])
 def test_the_product_is_that_of_the_rounded_numbers(rows):
     rng = np.random.default_rng(rows)
     x = (rng.normal(size=(1, rows, 96)) * 3).astype(np.float32)
@@ -68,6 +74,10 @@ def test_the_product_is_that_of_the_rounded_numbers(rows):
     step = np.abs(x).max(-1, keepdims=True) / np.float32(127)
     sums = np.round(x / step).astype(np.int64) @ stored.T.astype(np.int64)
     np.testing.assert_allclose(got, sums * step * scale, rtol=1e-6)
+    if int8.prefers_unsigned():
+        weights = jnp.array(int8.unsigned(stored))
+        same = int8.product(jnp.array(x), weights, scale, dtype=jnp.float32, activations=True)
+        np.testing.assert_array_equal(same, got)
     plain = int8.product(jnp.array(x), stored, scale, dtype=jnp.float32, activations=False)
     np.testing.assert_allclose(plain, x @ (stored.T * scale), rtol=1e-4, atol=1e-4)
 
@@ -81,13 +91,54 @@ def test_a_row_of_zeros_gives_zeros():
 def test_the_model_computes_with_its_rounded_weights(original, rounded):
     tokens = np.arange(40)[None] * 7 % toys.VOCAB
     alone = gpt2.abstract(original.config, param_dtype=jnp.int8, activations8=False)
-    nnx.update(alone, nnx.state(rounded, nnx.Param))
+    filled(alone, dict(gpt2.unturned(rounded)))
     expected = dequantized(rounded)(tokens)[0]
     np.testing.assert_allclose(alone(tokens)[0], expected, rtol=1e-4, atol=1e-4)
     # 8-bit activations cost something, but far less than the logits' spread.
     off = np.abs(rounded(tokens)[0] - expected)
     assert 0 < off.mean() < 0.05 * np.std(expected)
     assert rounded.numerics == "int8" and rounded.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("extreme", [-128, -1, 127])
+def test_unsigned_weights_lose_nothing_at_the_ends_of_their_range(extreme):
+    weights = np.full((64, 4000), extreme, np.int8)
+    np.testing.assert_array_equal(int8.signed(int8.unsigned(weights)), weights)
+    assert (int8.unsigned(weights).astype(int) == extreme + 128).all()
+    scale = np.ones(64, np.float32)
+    stored = int8.unsigned(weights) if int8.prefers_unsigned() else weights
+    x = jnp.ones((1, 5, 4000)).at[0, 3].set(-1.0)
+    got = int8.product(x, jnp.array(stored), scale, dtype=jnp.float32, activations=True)
+    expected = 4000.0 * extreme * np.where(np.arange(5) == 3, -1, 1)[None, :, None]
+    np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=1e-6)
+
+
+def test_a_processor_without_the_instructions_gets_the_same_logits(rounded, original, monkeypatch):
+    tokens = np.arange(40)[None] * 7 % toys.VOCAB
+    monkeypatch.setattr(int8, "prefers_unsigned", lambda: False)
+    signed = checkpoint.quantize(original)
+    assert signed.wte[...].dtype == jnp.int8
+    np.testing.assert_array_equal(signed(tokens)[0], rounded(tokens)[0])
+
+
+def test_unsigned_weights_are_for_processors_and_programs_that_have_the_product(monkeypatch):
+    class Refused:
+        @staticmethod
+        def lower(*_):
+            raise jax.errors.JaxRuntimeError("no such product")
+
+    asked = int8.prefers_unsigned.__wrapped__
+    monkeypatch.setattr(int8, "read_text", lambda _: "flags: avx512f avx512_vnni")
+    monkeypatch.setattr(int8, "_mixed_product", Refused)
+    assert asked() is False
+    monkeypatch.undo()
+    monkeypatch.setattr(int8, "read_text", lambda _: "flags: avx2")
+    assert asked() is False
+    monkeypatch.setattr(int8, "prefers_unsigned", lambda: True)
+    for width, stored in ((4, jnp.int8), (8, jnp.uint8)):
+        config = GPT2Config(n_embd=width, n_head=2)
+        model = gpt2.abstract(config, param_dtype=jnp.int8, activations8=True)
+        assert model.wte.dtype == model.h[0].attn.c_proj.kernel.dtype == stored
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20, "seed": 3}])
@@ -101,6 +152,14 @@ def test_speculation_writes_what_the_8_bit_oracle_writes(options):
         ]
         assert texts[0].tokens == texts[1].tokens == texts[2].tokens
         assert texts[2].stats.rounds < 40
+
+
+def test_its_default_plan_is_narrower_than_the_same_oracles_in_float32(original):
+    stack = Stack(checkpoint.quantize(original), (toys.model(width=4, layers=1),))
+    floats = dataclasses.replace(stack, oracle=original)
+    plans = [resolve_plan(s, "staged", "default", sampled=False)[0] for s in (stack, floats)]
+    assert [plan.width for plan in plans] == [8, 16]
+    assert plans[0].drafts[0].cost > plans[1].drafts[0].cost > 0
 
 
 def test_saved_and_loaded_it_is_the_same(original, rounded, tmp_path):
@@ -117,6 +176,9 @@ def test_saved_and_loaded_it_is_the_same(original, rounded, tmp_path):
         for path, value in weights(rounded).items():
             np.testing.assert_array_equal(weights(model)[path], value)
     assert checkpoint.load_label(tmp_path / "int8") == "rounded"
+    # Whatever the processor, the file holds signed weights.
+    stored = load_file(tmp_path / "int8" / "model.safetensors")["transformer.wte.weight"]
+    np.testing.assert_array_equal(stored, int8.quantize(np.asarray(original.wte[...]))[0])
     small, large = (
         sum(p.stat().st_size for p in (tmp_path / n).glob("*.safetensors"))
         for n in ("int8", "float")
