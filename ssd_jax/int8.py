@@ -121,7 +121,8 @@ def product(
 
 
 def _integer_product(rows: jax.Array, weights: jax.Array) -> jax.Array:
-    """``[R, in]`` float32 times ``[out, in]`` int8 -> ``[R, out]`` float32, without their scale."""
+    """``[R, in]`` float32 times ``[out, in]`` 8-bit weights -> ``[R, out]`` float32, without the
+    weights' scale."""
     largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
     scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / _LARGEST
     rounded = jnp.round(rows / scale).astype(jnp.int8)

@@ -75,6 +75,7 @@ class _Shape:
 
     config = GPT2Config(n_layer=2)
     tiled = True
+    numerics = "float32"
 
 
 @dataclasses.dataclass
