@@ -21,6 +21,13 @@ def device_name() -> str:
     return names[0] if names else platform.processor() or "cpu"
 
 
+@functools.cache
+def processor_has(instructions: str) -> bool:
+    """Whether the processor has some instructions, by the name that Linux gives them
+    (``avx512f``); elsewhere it is not known to."""
+    return instructions in (read_text("/proc/cpuinfo") or "").split()
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -32,6 +32,7 @@ from flax import nnx
 from jax import lax
 
 from ssd_jax import int8, kv_cache
+from ssd_jax.device import processor_has
 from ssd_jax.errors import ConfigError
 from ssd_jax.kv_cache import KVCache
 from ssd_jax.spans import within
@@ -43,7 +44,7 @@ _FEWEST_ROWS = 2
 # Elsewhere an exact model's product has a multiple of so many rows, on which the library's choice
 # of a kernel depends.
 _EXACT_TILE = 32
-# Outputs of a tile: as many as XLA's library for a CPU computes side by side, so that it reads a
+# Outputs of a tile: as many as XLA's library computes side by side with AVX-512, so that it reads a
 # tile where it lies. Other layouts it first rearranges, every time.
 _TILE = 64
 # Tiles are for up to so many rows.
@@ -186,6 +187,12 @@ def _exact_product(x: jax.Array, weights: jax.Array, dtype) -> jax.Array:
 def decodes_turned(dtype) -> bool:
     """Whether a model whose products are of ``dtype`` decodes faster here if it is turned."""
     return jnp.dtype(dtype) == jnp.float32 and jax.default_backend() == "cpu"
+
+
+def prefers_tiles() -> bool:
+    """Whether :class:`Tiles` are fast here: XLA's library for AVX2 computes fewer outputs side by
+    side, reads tiles on one thread, and takes half as long again with them, for one row too."""
+    return processor_has("avx512f")
 
 
 class Tiles(nnx.Variable):
@@ -504,7 +511,7 @@ class GPT2(nnx.Module):
         ``activations8``, and never with 8-bit weights otherwise.
       turned: kernels are ``[out, in]``, the faster layout to decode with in float32 on a CPU;
         always so if ``exact`` or of int8. A turned model in float32 of up to 512 channels has a
-        second copy of kernels and head, which is faster still (:class:`Tiles`).
+        second copy of kernels and head where that is faster still (:class:`Tiles`).
       rngs: initial weights are drawn from ``rngs.params``.
     """
 
@@ -532,7 +539,7 @@ class GPT2(nnx.Module):
         if self.activations8 and config.n_embd >= int8.LEAST and int8.prefers_unsigned():
             stored = jnp.dtype(jnp.uint8)
         small = stored == jnp.float32 and config.n_embd <= _TILED_WIDTH
-        self.tiled = turned and small and not self.exact
+        self.tiled = turned and small and not self.exact and prefers_tiles()
         suitable = "einsum" if self.exact else _default_attention(config, self.dtype)
         self.attention = attention or suitable
         kinds: dict[str, Any] = dict(

@@ -32,7 +32,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-from ssd_jax.device import read_text
+from ssd_jax.device import processor_has
 
 _LARGEST = 127
 # XLA's library takes no product all of whose sizes are smaller.
@@ -41,8 +41,9 @@ LEAST = 8
 _ZERO = 128
 # One row alone is no matrix product to XLA, and several times as slow on a CPU.
 _FEWEST_ROWS = 2
-# Up to here the weights had better stand on the left, where XLA's library does not rearrange them.
-_FEW_ROWS = 8
+# Up to here the weights had better stand on the left, where XLA's library does not rearrange them;
+# its kernels for AVX2 are the faster ones on the left beyond the second number.
+_FEW_ROWS, _FEW_ROWS_AVX2 = 8, 4
 
 
 def quantize(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +65,7 @@ def quantize(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def prefers_unsigned() -> bool:
     """Whether products with :func:`unsigned` weights are the fast ones here, and can be had."""
-    if jax.default_backend() != "cpu" or "avx512_vnni" not in (read_text("/proc/cpuinfo") or ""):
+    if jax.default_backend() != "cpu" or not processor_has("avx512_vnni"):
         return False
     weights, rows = (
         jax.ShapeDtypeStruct((rows, 64), dtype) for rows, dtype in ((64, jnp.uint8), (2, jnp.int8))
@@ -131,13 +132,18 @@ def _integer_product(rows: jax.Array, weights: jax.Array) -> jax.Array:
     if weights.dtype == jnp.uint8:
         surplus = _ZERO * jnp.sum(rounded, axis=-1, dtype=jnp.int32)
         sums = _mixed_product(weights, rounded).T - surplus[:, None]
-    elif len(rounded) <= _FEW_ROWS:
+    elif _weights_on_left(len(rounded)):
         sums = jnp.einsum("oi,ri->or", weights, rounded, preferred_element_type=jnp.int32)
         # Without a barrier XLA would turn the product round.
         sums = lax.optimization_barrier(sums).T
     else:
         sums = jnp.einsum("ri,oi->ro", rounded, weights, preferred_element_type=jnp.int32)
     return sums[: rows.shape[0]].astype(jnp.float32) * scale
+
+
+def _weights_on_left(rows: int) -> bool:
+    """Whether a product of signed numbers is computed as weights times rows."""
+    return rows <= _FEW_ROWS if processor_has("avx512f") else rows > _FEW_ROWS_AVX2
 
 
 # ``lax.dot_general`` converts operands of two types to int32 first, and XLA does not find its

@@ -224,12 +224,10 @@ class Plan:
             return wide.paced(0.025, [1.3 * share for share in shares])
         drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
         plan = dataclasses.replace(self, width=5 if tiled else 8, nodes=32, drafts=drafts)
-        if not tiled and not eight:
-            return plan.trimmed().paced(0.05, shares)
         if plan.ngram is not None:  # of so few nodes few are its guesses
             few = dataclasses.replace(plan.ngram, levels=2, width=2)
             plan = dataclasses.replace(plan, ngram=few)
-        row_cost, of_share = (0.03, 0.8) if tiled else (0.09, 1.7)
+        row_cost, of_share = (0.03, 0.8) if tiled else (0.09, 1.7) if eight else (0.16, 2.0)
         return plan.trimmed().paced(row_cost, [of_share * share for share in shares])
 
     def trimmed(self) -> Plan:

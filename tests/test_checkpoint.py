@@ -17,7 +17,7 @@ import toys
 from flax import nnx, serialization
 from safetensors.numpy import load_file, save_file
 
-from ssd_jax import checkpoint
+from ssd_jax import checkpoint, gpt2
 from ssd_jax.errors import CheckpointError, ConfigError, SsdError
 from ssd_jax.gpt2 import GPT2, GPT2Config
 from ssd_jax.training.surgery import widen
@@ -90,7 +90,8 @@ def test_saved_model_loads_with_equal_config_and_bits(tiny, folder):
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
-def test_a_tiled_model_is_the_same_model(tiny, folder, tmp_path):
+def test_a_tiled_model_is_the_same_model(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt2, "prefers_tiles", lambda: True)
     tiled = checkpoint.load_model(folder, turned=True)
     shapes = [model.h[0].mlp.c_fc.kernel[...].shape for model in (tiny, tiled)]
     assert shapes == [(8, 20), (20, 8)]

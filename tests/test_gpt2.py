@@ -93,14 +93,18 @@ def test_products_of_either_layout_are_the_same_for_any_number_of_rows(shape, ou
         (512, {"turned": True, "param_dtype": jnp.bfloat16}, False),
     ],
 )
-def test_small_turned_models_in_float32_have_tiles(width, kinds, expected):
-    model = gpt2.abstract(dataclasses.replace(TINY, n_embd=width), **kinds)
-    assert model.tiled == expected == bool(nnx.to_flat_state(nnx.state(model, gpt2.Tiles)))
+def test_small_turned_models_in_float32_have_tiles(width, kinds, expected, monkeypatch):
+    for preferred in (True, False):
+        monkeypatch.setattr(gpt2, "prefers_tiles", lambda preferred=preferred: preferred)
+        model = gpt2.abstract(dataclasses.replace(TINY, n_embd=width), **kinds)
+        tiles = nnx.to_flat_state(nnx.state(model, gpt2.Tiles))
+        assert model.tiled == (expected and preferred) == bool(tiles)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 13])
-def test_few_rows_are_multiplied_by_tiles_and_more_by_kernels(tmp_path, rows, tied):
+def test_few_rows_are_multiplied_by_tiles_and_more_by_kernels(tmp_path, rows, tied, monkeypatch):
+    monkeypatch.setattr(gpt2, "prefers_tiles", lambda: True)
     config = dataclasses.replace(TINY, tie_word_embeddings=tied)
     checkpoint.save_model(GPT2(config, rngs=nnx.Rngs(0)), tmp_path)
     model = checkpoint.load_model(tmp_path, turned=True)
