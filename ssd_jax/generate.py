@@ -276,8 +276,7 @@ def resolve_plan(
     if mode == "staged" and jax.default_backend() == "cpu":
         oracle = stack.oracle
         shares = [draft.config.multiplied / oracle.config.multiplied for draft in stack.drafts]
-        eight = oracle.numerics == "int8"
-        default = default.on_cpu(shares, tiled=oracle.tiled, eight=eight)
+        default = default.on_cpu(shares, oracle.products)
     if plan is None and mode == "staged":
         found = tuned.load(stack)
         plan = found.plans.get(tuned.KINDS[sampled]) if found else None

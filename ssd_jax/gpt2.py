@@ -628,6 +628,15 @@ class GPT2(nnx.Module):
         """``int8``, or the type of the weights' products."""
         return str(self.dtype) if self.wte_scale is None else "int8"
 
+    @property
+    def products(self) -> str:
+        """The kind of its products, for :meth:`ssd_jax.plan.Plan.on_cpu`."""
+        if self.numerics == "int8":
+            return "int8"
+        if self.tiled:
+            return "tiled"
+        return "wide" if self.config.n_embd > _TILED_WIDTH else "untiled"
+
     def _embed(self, tokens: jax.Array) -> jax.Array:
         rows = self.wte[...][tokens]
         if self.wte_scale is None:

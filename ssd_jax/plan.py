@@ -51,6 +51,15 @@ def _are_probabilities(values: Any) -> bool:
 
 # A draft below this share of the oracle's size costs next to nothing.
 _TRIFLE = 0.03
+# What a CPU's products of some kind of oracle cost in units of one plain step: a row beyond the
+# first, and a pass of a draft of the oracle's own size. Measured, and where texts gained by it less
+# than measured (docs/performance.md).
+_CPU_COSTS = {
+    "tiled": (0.03, 0.8),
+    "untiled": (0.16, 2.0),
+    "wide": (0.05, 1.0),
+    "int8": (0.09, 1.7),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,29 +214,29 @@ class Plan:
             nodes=64,
         )
 
-    def on_cpu(self, shares: Sequence[float], *, tiled: bool = False, eight: bool = False) -> Plan:
+    def on_cpu(self, shares: Sequence[float], products: str = "untiled") -> Plan:
         """This plan where every row of a pass costs: with the root alone to fall back on, and
         narrower and surer of each pass of a draft that is no trifle beside the oracle.
 
         The numbers are those of two oracles on two cores, one of 13M parameters with a draft a
-        tenth its size, one of 131M with the same draft (``docs/performance.md``). In float32 rows
-        come by eights there, or of a tiled oracle by fives; in 8 bits a plain step is so fast that
-        all else costs more of them.
+        tenth its size, one of 131M with the same draft (``docs/performance.md``). Rows come by
+        eights there, or of a tiled oracle by fives.
 
         Args:
           shares: size of each draft over the oracle's.
-          tiled: whether the oracle is (:class:`~ssd_jax.gpt2.GPT2`).
-          eight: whether its weights are of 8 bits.
+          products: the oracle's kind: ``int8``, ``tiled`` (:class:`~ssd_jax.gpt2.Tiles`), without
+            tiles as they are not fast here (``untiled``), or too ``wide`` for them.
         """
-        if max(shares, default=0.0) < _TRIFLE and not eight:
+        if max(shares, default=0.0) < _TRIFLE and products != "int8":
             wide = dataclasses.replace(self, width=16)
             return wide.paced(0.025, [1.3 * share for share in shares])
         drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
-        plan = dataclasses.replace(self, width=5 if tiled else 8, nodes=32, drafts=drafts)
-        if plan.ngram is not None:  # of so few nodes few are its guesses
+        width = 5 if products == "tiled" else 8
+        plan = dataclasses.replace(self, width=width, nodes=32, drafts=drafts)
+        if plan.ngram is not None and products != "wide":  # of so few nodes few are its guesses
             few = dataclasses.replace(plan.ngram, levels=2, width=2)
             plan = dataclasses.replace(plan, ngram=few)
-        row_cost, of_share = (0.03, 0.8) if tiled else (0.09, 1.7) if eight else (0.16, 2.0)
+        row_cost, of_share = _CPU_COSTS[products]
         return plan.trimmed().paced(row_cost, [of_share * share for share in shares])
 
     def trimmed(self) -> Plan:

@@ -74,8 +74,7 @@ class _Shape:
     """A model that is never run."""
 
     config = GPT2Config(n_layer=2)
-    tiled = True
-    numerics = "float32"
+    products = "tiled"
 
 
 @dataclasses.dataclass
@@ -457,7 +456,7 @@ def test_verbose_shows_the_plan_and_where_the_time_went(engine, capsys):
     assert set(json.loads(captured.out)) == JSON_KEYS
     head, *plan, line = captured.err.splitlines()
     assert head == "plan of mode staged, default:"
-    assert Plan.from_json("\n".join(plan)) == Plan.staged(1, False).on_cpu([1.0], tiled=True)
+    assert Plan.from_json("\n".join(plan)) == Plan.staged(1, False).on_cpu([1.0], "tiled")
     words = ("first text after", "imports", "models", "program 4.00 (compiled)", "rest")
     assert all(word in line for word in words)
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from ssd_jax import checkpoint, gpt2, kv_cache
 from ssd_jax.errors import ConfigError
 from ssd_jax.gpt2 import GPT2, GPT2Config
+from ssd_jax.plan import Plan
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 MODELS = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
@@ -99,6 +100,21 @@ def test_small_turned_models_in_float32_have_tiles(width, kinds, expected, monke
         model = gpt2.abstract(dataclasses.replace(TINY, n_embd=width), **kinds)
         tiles = nnx.to_flat_state(nnx.state(model, gpt2.Tiles))
         assert model.tiled == (expected and preferred) == bool(tiles)
+
+
+def test_each_kind_of_products_has_costs_of_its_own_in_the_default_plan(monkeypatch):
+    def model(width: int, **kinds) -> GPT2:
+        return gpt2.abstract(dataclasses.replace(TINY, n_embd=width), turned=True, **kinds)
+
+    monkeypatch.setattr(gpt2, "prefers_tiles", lambda: True)
+    models = [model(512), model(576), model(512, param_dtype=jnp.int8)]
+    monkeypatch.setattr(gpt2, "prefers_tiles", lambda: False)
+    models += [model(512), model(576)]
+    kinds = [each.products for each in models]
+    assert kinds == ["tiled", "wide", "int8", "untiled", "wide"]
+    plans = {kind: Plan.staged(1, True).on_cpu([0.1], kind) for kind in kinds}
+    assert len({(plan.row_cost, plan.drafts[0].cost) for plan in plans.values()}) == 4
+    assert {kind: plan.width for kind, plan in plans.items() if plan.width != 8} == {"tiled": 5}
 
 
 @pytest.mark.parametrize("tied", [True, False])
