@@ -421,14 +421,13 @@ def _grow_ngram(rnd: Round, tree: TokenTree) -> TokenTree:
 def _recent_tokens(rnd: Round, tree: TokenTree, nodes: jax.Array, count: int) -> jax.Array:
     """``[B, W, count]`` int32: each node's token and those before it, newest first; -1 where
     the text does not reach back so far."""
-    lineage = [nodes]
-    for _ in range(count - 1):
-        lineage.append(at(tree.parent, lineage[-1]))
-    depth = at(tree.depth, nodes)[:, :, None] - jnp.arange(count)
-    position = rnd.length[:, None, None] - 1 + depth
-    drafted = at(tree.token, jnp.stack(lineage, axis=-1))
-    token = jnp.where(depth > 0, drafted, at(rnd.text, position))
-    return jnp.where(position >= 0, token, -1)
+    recent, node, depth = [], nodes, at(tree.depth, nodes)
+    for _ in range(count):
+        position = rnd.length[:, None] - 1 + depth
+        token = jnp.where(depth > 0, at(tree.token, node), at(rnd.text, position))
+        recent.append(jnp.where(position >= 0, token, -1))
+        node, depth = at(tree.parent, node), depth - 1
+    return jnp.stack(recent, axis=-1)
 
 
 def _propose(
