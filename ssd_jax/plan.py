@@ -224,8 +224,8 @@ class Plan:
 
         Args:
           shares: size of each draft over the oracle's.
-          products: the oracle's kind: ``int8``, ``tiled`` (:class:`~ssd_jax.gpt2.Tiles`), without
-            tiles as they are not fast here (``untiled``), or too ``wide`` for them.
+          products: the oracle's kind: ``int8``, ``tiled`` (:class:`~ssd_jax.gpt2.Tiles`), small
+            without tiles (``untiled``), or too ``wide`` for them.
         """
         if max(shares, default=0.0) < _TRIFLE and products != "int8":
             wide = dataclasses.replace(self, width=16)
