@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,56 +39,79 @@ class PassCosts:
         return float(np.interp(width, widths, seconds))
 
 
-def pass_seconds(
-    passes: Sequence[tuple[GPT2, int]],
-    *,
-    slots: int = 256,
-    repeats: int = 8,
-    loop_seconds: float = 0.05,
-    logits: bool = True,
-) -> list[float]:
-    """Median seconds of passes alone, measured in turns.
+class PassClock:
+    """Times passes of models alone, in turns.
 
     Passes follow each other in a compiled loop, as when decoding: what XLA does once before a
     loop, such as casting weights, is no part of a pass, and neither is Python.
 
-    Args:
-      passes: each a model and the tokens of one pass of it; the tokens' choice is part of it.
-      slots: of the model's cache; all but the newest are filled.
-      repeats: measured loops of each.
-      loop_seconds: a loop makes at least as many passes as this takes.
-      logits: whether a pass ends with logits, or as those over a prompt with the last keys.
+    Attributes:
+      seconds: of each pass, one entry for each turn.
     """
 
-    def one_pass(model, state):
-        tokens, cache = state
-        width = tokens.shape[1]
-        positions = slots - width + jnp.arange(width)[None]
-        seen = jnp.arange(slots) <= positions[..., None]
-        scores, cache = model(tokens, positions, mask=seen, cache=cache, offset=slots - width)
-        chosen = scores.argmax(-1).astype(jnp.int32)
-        # Other tokens each time, so that nothing can be computed once for all passes.
-        return chosen if logits else (tokens + 1) % model.config.vocab_size, cache
+    def __init__(
+        self,
+        passes: Sequence[tuple[GPT2, int]],
+        *,
+        slots: int = 256,
+        loop_seconds: float = 0.05,
+        logits: bool = True,
+    ):
+        """Compiles.
 
-    @partial(jax.jit, donate_argnums=1)
-    def loop(model, state, count):
-        return lax.fori_loop(0, count, lambda _, state: one_pass(model, state), state)
+        Args:
+          passes: each a model and the tokens of one pass of it; the tokens' choice is part of it.
+          slots: of the model's cache; all but the newest are filled.
+          loop_seconds: a loop makes at least as many passes as this takes.
+          logits: whether a pass ends with logits, or as those over a prompt with the last keys.
+        """
 
-    states = [(jnp.ones((1, width), jnp.int32), m.init_cache(1, slots)) for m, width in passes]
+        def one_pass(model, state):
+            tokens, cache = state
+            width = tokens.shape[1]
+            positions = slots - width + jnp.arange(width)[None]
+            seen = jnp.arange(slots) <= positions[..., None]
+            scores, cache = model(tokens, positions, mask=seen, cache=cache, offset=slots - width)
+            chosen = scores.argmax(-1).astype(jnp.int32)
+            # Other tokens each time, so that nothing can be computed once for all passes.
+            return chosen if logits else (tokens + 1) % model.config.vocab_size, cache
 
-    def seconds(index: int, count: int) -> float:
+        @partial(jax.jit, donate_argnums=1)
+        def loop(model, state, count):
+            return lax.fori_loop(0, count, lambda _, state: one_pass(model, state), state)
+
+        self._loop = loop
+        self._models = [model for model, _ in passes]
+        self._states = [
+            (jnp.ones((1, width), jnp.int32), model.init_cache(1, slots)) for model, width in passes
+        ]
+        self._counts = []
+        for index in range(len(passes)):
+            self._run(index, 4)  # compiles
+            self._counts.append(4 + int(4 * loop_seconds / self._run(index, 4)))
+        self.seconds: list[list[float]] = [[] for _ in passes]
+
+    def turn(self) -> None:
+        """One loop of each pass."""
+        for index, count in enumerate(self._counts):
+            self.seconds[index].append(self._run(index, count) / count)
+
+    def _run(self, index: int, count: int) -> float:
         start = time.perf_counter()
-        states[index] = jax.block_until_ready(loop(passes[index][0], states[index], count))
+        loop = self._loop(self._models[index], self._states[index], count)
+        self._states[index] = jax.block_until_ready(loop)
         return time.perf_counter() - start
 
-    counts = []
-    for index in range(len(passes)):
-        seconds(index, 4)  # compiles
-        counts.append(4 + int(4 * loop_seconds / seconds(index, 4)))
-    times: list[list[float]] = [[] for _ in passes]
-    for _, (index, count) in itertools.product(range(repeats), enumerate(counts)):
-        times[index].append(seconds(index, count) / count)
-    return [statistics.median(own) for own in times]
+
+def pass_seconds(
+    passes: Sequence[tuple[GPT2, int]], *, repeats: int = 8, **options: Any
+) -> list[float]:
+    """Median seconds of passes alone, of ``repeats`` turns of a :class:`PassClock`, whose arguments
+    the others are."""
+    clock = PassClock(passes, **options)
+    for _ in range(repeats):
+        clock.turn()
+    return [statistics.median(own) for own in clock.seconds]
 
 
 def pass_costs(

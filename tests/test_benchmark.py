@@ -16,6 +16,7 @@ from test_cli import make_result
 
 import ssd_jax
 from ssd_jax.benchmark import ablations, command, measure, peers, results, schemes
+from ssd_jax.benchmark.alone import PassesAlone
 from ssd_jax.benchmark.prompts import load_prompts, read_prompts
 from ssd_jax.benchmark.summary import by_prompt, is_repetitive, speedups, summarize
 from ssd_jax.errors import DataError
@@ -380,6 +381,17 @@ def count_calls(monkeypatch, tmp_path, stop_after=None):
     use_engine(monkeypatch, generate, tmp_path)
     monkeypatch.setattr(command, "EXAMPLES", 0)
     return calls
+
+
+def test_passes_are_timed_between_the_texts(monkeypatch, tmp_path, prompts_file):
+    events = count_calls(monkeypatch, tmp_path)
+    turn = PassesAlone.turn
+    monkeypatch.setattr(PassesAlone, "turn", lambda self: [turn(self), events.append("turn")])
+    argv = ["--prompts", str(prompts_file), "--no-other-baseline", "--modes", "baseline"]
+    assert command.main([*argv, "--repeats", "3"]) == 0
+    order = ["turn" if event == "turn" else "text" for event in events]
+    assert order[:8] == ["text"] * 4 + ["turn", "text", "turn", "text"]
+    assert order[8:] == ["turn"] * 6, "eight turns at least"
 
 
 def test_an_interrupted_run_is_continued_and_its_modes_still_take_turns(

@@ -14,8 +14,9 @@ were the loop's, which on a slow CPU left out up to 50 ms).
 ``costs[mode][stage]`` (``MODE, sampled`` too, as in ``plans``)
   a pass of the stage alone: ``width`` tokens in ``seconds``, and, without logits,
   ``prefill_width`` tokens of the prompt in ``prefill_seconds`` and four times as many in
-  ``wide_prefill_seconds``, medians over a cache of ``slots``; ``narrower``, the seconds by each
-  other width that the oracle may choose. Older files have no wide passes, and logits in all.
+  ``wide_prefill_seconds``, in a cache of ``slots``; ``narrower``, the seconds by each other width
+  that the oracle may choose. Means of what was timed after every prompt (before 2026-12-01 medians
+  of what was timed at the end). Older files have no wide passes, and logits in all.
 ``records``
   one per prompt, mode, sampling and repeat: ``prompt`` (its index), ``dtype``, ``prompt_tokens``,
   ``seconds``, ``compile_seconds``, ``new_tokens``, ``characters``, ``tokens`` (ids),

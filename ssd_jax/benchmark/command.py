@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -123,6 +122,8 @@ def _by_length(args: argparse.Namespace) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    from ssd_jax.benchmark.alone import PassesAlone, enough
+
     prompts = load_prompts(args.prompts, args.limit)
     stack, plan = cli.load_stack(args)
     plans = _plans(stack, args.modes or cli.modes_of(stack), plan, args.sampling)
@@ -147,15 +148,20 @@ def _benchmark(args: argparse.Namespace) -> None:
     document["peers"] = document.get("peers", {}) | settings
     runners |= {peer.name: _peer_runner(peer, stack, args.max_new_tokens) for peer in peers}
     _drop_incomplete(document["records"], list(runners))
-    saved = time.monotonic()
+    saved, clock = time.monotonic(), None
     try:
         for records in _progress(runners, prompts, args, document["records"]):
             document["records"] += records
+            if clock is None and enough(document["records"], len(prompts)):
+                clock = PassesAlone(own, document["records"])
+            if clock is not None:
+                clock.turn()
             if args.out and time.monotonic() - saved > _SAVE_SECONDS:
                 results.write(args.out, document)
                 saved = time.monotonic()
         if document["records"]:
-            document["costs"] |= _costs(own, document["records"])
+            clock = clock or PassesAlone(own, document["records"])
+            document["costs"] |= clock.costs()
             document["roofline"] = _roofline(document["costs"], conditions)
             if args.out:
                 document["examples"] = _examples(stack, plans, prompts, args)
@@ -286,39 +292,6 @@ def _drop_incomplete(records: list[Record], modes: Sequence[str]) -> None:
         found.setdefault(measure.combination(record), set()).add(record["mode"])
     complete = {key for key, names in found.items() if names >= set(modes)}
     records[:] = [r for r in records if measure.combination(r) in complete]
-
-
-def _costs(own: dict[str, tuple[Stack, Plan]], records: list[Record]) -> Costs:
-    """Passes alone, over a cache as long as a typical text."""
-    from ssd_jax.costs import pass_costs
-    from ssd_jax.plan import WIDE, Capacities
-
-    text = int(statistics.median(r["prompt_tokens"] + r["new_tokens"] for r in records))
-    costs: Costs = {}
-    for mode, (stack, plan) in own.items():
-        capacities = Capacities.of(plan, text)
-        slots = max(text, *capacities.widths)
-        width_of = dict(zip(stack.models, capacities.widths, strict=False))
-        narrower = {"oracle": capacities.narrower}
-        widths = {n: (w, *narrower.get(n, ())) for n, w in width_of.items()}
-        measured = pass_costs(stack.models, widths, slots=slots).seconds
-        chunks = dict.fromkeys(width_of, (plan.chunk, WIDE * plan.chunk))
-        room = max(slots, WIDE * plan.chunk)
-        prefill = pass_costs(stack.models, chunks, slots=room, logits=False).seconds
-        costs[mode] = {
-            name: {
-                "width": width,
-                "seconds": measured[name][width],
-                "prefill_width": plan.chunk,
-                "prefill_seconds": prefill[name][plan.chunk],
-                "wide_prefill_seconds": prefill[name][WIDE * plan.chunk],
-                # Names of JSON are strings.
-                "narrower": {str(w): measured[name][w] for w in narrower.get(name, ())},
-                "slots": slots,
-            }
-            for name, width in width_of.items()
-        }
-    return costs
 
 
 def _roofline(costs: Costs, conditions: Record) -> Record:
