@@ -276,7 +276,7 @@ def resolve_plan(
     if mode == "staged" and jax.default_backend() == "cpu":
         oracle = stack.oracle
         shares = [draft.config.multiplied / oracle.config.multiplied for draft in stack.drafts]
-        default = default.on_cpu(shares, oracle.products)
+        default = default.on_cpu(shares, oracle.products, sampled=sampled)
     if plan is None and mode == "staged":
         found = tuned.load(stack)
         plan = found.plans.get(tuned.KINDS[sampled]) if found else None

@@ -214,7 +214,9 @@ class Plan:
             nodes=64,
         )
 
-    def on_cpu(self, shares: Sequence[float], products: str = "untiled") -> Plan:
+    def on_cpu(
+        self, shares: Sequence[float], products: str = "untiled", *, sampled: bool = False
+    ) -> Plan:
         """This plan where every row of a pass costs: with the root alone to fall back on, and
         narrower and surer of each pass of a draft that is no trifle beside the oracle.
 
@@ -226,10 +228,12 @@ class Plan:
           shares: size of each draft over the oracle's.
           products: the oracle's kind: ``int8``, ``tiled`` (:class:`~ssd_jax.gpt2.Tiles`), small
             without tiles (``untiled``), or too ``wide`` for them.
+          sampled: whether texts are sampled. A tree then guesses half as many tokens, and where the
+            draft is a trifle half as many nodes are worth looking at.
         """
         if max(shares, default=0.0) < _TRIFLE and products != "int8":
-            wide = dataclasses.replace(self, width=16)
-            return wide.paced(0.025, [1.3 * share for share in shares])
+            plan = dataclasses.replace(self, width=8 if sampled else 16)
+            return plan.trimmed().paced(0.025, [1.3 * share for share in shares])
         drafts = tuple(dataclasses.replace(d, rounds=3, threshold=0.5) for d in self.drafts)
         width = 5 if products == "tiled" else 8
         plan = dataclasses.replace(self, width=width, nodes=32, drafts=drafts)

@@ -117,6 +117,15 @@ def test_each_kind_of_products_has_costs_of_its_own_in_the_default_plan(monkeypa
     assert {kind: plan.width for kind, plan in plans.items() if plan.width != 8} == {"tiled": 5}
 
 
+def test_a_sampled_text_has_half_as_many_nodes_where_the_draft_is_a_trifle():
+    default = Plan.staged(1, True)
+    plans = {sampled: default.on_cpu([0.01], "wide", sampled=sampled) for sampled in (False, True)}
+    assert (plans[False].width, plans[True].width) == (16, 8)
+    assert plans[True].depth == 7, "no level that the oracle cannot look at"
+    for share, products in ((0.1, "wide"), (0.01, "int8"), (0.1, "tiled")):
+        assert default.on_cpu([share], products) == default.on_cpu([share], products, sampled=True)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 13])
 def test_few_rows_are_multiplied_by_tiles_and_more_by_kernels(tmp_path, rows, tied, monkeypatch):
