@@ -28,6 +28,8 @@ def test_each_pass_is_timed_once_a_turn(monkeypatch):
 
     def run(clock, index, count):
         width = clock._states[index][0].shape[1]
+        if count == 1:  # not timed
+            return 0.0
         timed.append((clock._models[index] is stack.oracle, width))
         return 0.5 * len(timed) * count
 

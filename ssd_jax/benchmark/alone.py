@@ -21,7 +21,7 @@ from ssd_jax.stack import Stack
 _FEWEST_TURNS = 8
 # So many prompts tell how long texts are.
 _TYPICAL = 8
-_LOOP_SECONDS = 0.02
+_LOOP_SECONDS = 0.05
 
 _Passes = dict[tuple[int, int], tuple[GPT2, int]]  # by the model's id and their width
 
