@@ -168,8 +168,8 @@ class Verification:
 
 
 def verification_plans(stack: Stack) -> dict[str, Plan]:
-    """Plans that differ as much as plans do: the one in force, the classical chain, and a wide tree
-    without pruning."""
+    """Plans that differ as much as plans do: that of greedy texts, the classical chain, and a wide
+    tree without pruning."""
     plans = {"staged": resolve_plan(stack, "staged", None, sampled=False)[0]}
     if stack.drafts:
         plans["speculative"] = Plan.speculative()
