@@ -46,12 +46,12 @@ class PassClock:
     loop, such as casting weights, is no part of a pass, and neither is Python.
 
     Attributes:
-      seconds: of each pass, one entry for each turn.
+      seconds: of each pass, by its name, one entry for each turn.
     """
 
     def __init__(
         self,
-        passes: Sequence[tuple[GPT2, int]],
+        passes: Mapping[Any, tuple[GPT2, int]],
         *,
         slots: int = 256,
         loop_seconds: float = 0.05,
@@ -60,7 +60,8 @@ class PassClock:
         """Compiles.
 
         Args:
-          passes: each a model and the tokens of one pass of it; the tokens' choice is part of it.
+          passes: by any names, each a model and the tokens of one pass of it; the tokens' choice is
+            part of it.
           slots: of the model's cache; all but the newest are filled.
           loop_seconds: a loop makes at least as many passes as this takes.
           logits: whether a pass ends with logits, or as those over a prompt with the last keys.
@@ -81,38 +82,39 @@ class PassClock:
             return lax.fori_loop(0, count, lambda _, state: one_pass(model, state), state)
 
         self._loop = loop
-        self._models = [model for model, _ in passes]
-        self._states = [
-            (jnp.ones((1, width), jnp.int32), model.init_cache(1, slots)) for model, width in passes
-        ]
-        self._counts = []
-        for index in range(len(passes)):
-            self._run(index, 4)  # compiles
-            self._counts.append(4 + int(4 * loop_seconds / self._run(index, 4)))
-        self.seconds: list[list[float]] = [[] for _ in passes]
+        self._models = {name: model for name, (model, _) in passes.items()}
+        self._states = {
+            name: (jnp.ones((1, width), jnp.int32), model.init_cache(1, slots))
+            for name, (model, width) in passes.items()
+        }
+        self._counts = {}
+        for name in passes:
+            self._run(name, 4)  # compiles
+            self._counts[name] = 4 + int(4 * loop_seconds / self._run(name, 4))
+        self.seconds: dict[Any, list[float]] = {name: [] for name in passes}
 
     def turn(self) -> None:
         """One loop of each pass, after a pass that brings its weights back into the caches."""
-        for index, count in enumerate(self._counts):
-            self._run(index, 1)
-            self.seconds[index].append(self._run(index, count) / count)
+        for name, count in self._counts.items():
+            self._run(name, 1)
+            self.seconds[name].append(self._run(name, count) / count)
 
-    def _run(self, index: int, count: int) -> float:
+    def _run(self, name: Any, count: int) -> float:
         start = time.perf_counter()
-        loop = self._loop(self._models[index], self._states[index], count)
-        self._states[index] = jax.block_until_ready(loop)
+        loop = self._loop(self._models[name], self._states[name], count)
+        self._states[name] = jax.block_until_ready(loop)
         return time.perf_counter() - start
 
 
 def pass_seconds(
     passes: Sequence[tuple[GPT2, int]], *, repeats: int = 8, **options: Any
 ) -> list[float]:
-    """Median seconds of passes alone, of ``repeats`` turns of a :class:`PassClock`, whose arguments
+    """Median seconds of passes alone, of ``repeats`` turns of a :class:`PassClock`, whose options
     the others are."""
-    clock = PassClock(passes, **options)
+    clock = PassClock(dict(enumerate(passes)), **options)
     for _ in range(repeats):
         clock.turn()
-    return [statistics.median(own) for own in clock.seconds]
+    return [statistics.median(own) for own in clock.seconds.values()]
 
 
 def pass_costs(
@@ -121,13 +123,12 @@ def pass_costs(
     *,
     slots: int,
     repeats: int = 8,
-    logits: bool = True,
 ) -> PassCosts:
     """:func:`pass_seconds` of some widths of each of some models by stage name."""
     pairs = [(name, width) for name, own in widths.items() for width in dict.fromkeys(own)]
     passes = [(models[name], width) for name, width in pairs]
     seconds: dict[str, dict[int, float]] = {name: {} for name in widths}
-    times = pass_seconds(passes, slots=slots, repeats=repeats, logits=logits)
+    times = pass_seconds(passes, slots=slots, repeats=repeats)
     for (name, width), own in zip(pairs, times, strict=True):
         seconds[name][width] = own
     return PassCosts(seconds, slots)

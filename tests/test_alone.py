@@ -26,11 +26,11 @@ def test_each_pass_is_timed_once_a_turn(monkeypatch):
     own = {"baseline": (stack, Plan(chunk=8)), "staged": (stack, staged)}
     timed = []
 
-    def run(clock, index, count):
-        width = clock._states[index][0].shape[1]
+    def run(clock, name, count):
+        width = clock._states[name][0].shape[1]
         if count == 1:  # not timed
             return 0.0
-        timed.append((clock._models[index] is stack.oracle, width))
+        timed.append((clock._models[name] is stack.oracle, width))
         return 0.5 * len(timed) * count
 
     monkeypatch.setattr(costs.PassClock, "_run", run)

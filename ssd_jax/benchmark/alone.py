@@ -21,9 +21,6 @@ from ssd_jax.stack import Stack
 _FEWEST_TURNS = 8
 # So many prompts tell how long texts are.
 _TYPICAL = 8
-_LOOP_SECONDS = 0.05
-
-_Passes = dict[tuple[int, int], tuple[GPT2, int]]  # by the model's id and their width
 
 
 def enough(records: Sequence[Record], prompts: int) -> bool:
@@ -43,25 +40,25 @@ class PassesAlone:
         """
         text = int(statistics.median(r["prompt_tokens"] + r["new_tokens"] for r in records))
         self._own = own
-        self._capacities = {mode: Capacities.of(plan, text) for mode, (_, plan) in own.items()}
-        self._slots = max(text, *(w for c in self._capacities.values() for w in c.widths))
-        chunk = max(plan.chunk for _, plan in own.values())
-        decoding: _Passes = {}
-        prompt: _Passes = {}
+        # Of each mode's stages: name, model, and the widths of its passes, the full one first.
+        self._stages: dict[str, list[tuple[str, GPT2, tuple[int, ...]]]] = {}
+        decoding: dict[tuple[int, int], tuple[GPT2, int]] = {}
+        prompt = dict(decoding)
         for mode, (stack, plan) in own.items():
-            for model, widths in zip(stack.models.values(), self._widths(mode), strict=False):
+            capacities = Capacities.of(plan, text)
+            full, *drafts = capacities.widths
+            widths = [(full, *capacities.narrower), *((width,) for width in drafts)]
+            named = zip(stack.models.items(), widths, strict=False)
+            self._stages[mode] = [(name, model, own_widths) for (name, model), own_widths in named]
+            for _, model, widths in self._stages[mode]:
                 decoding |= {(id(model), width): (model, width) for width in widths}
                 chunks = (plan.chunk, WIDE * plan.chunk)
                 prompt |= {(id(model), width): (model, width) for width in chunks}
-        self._decoding = _Clock(decoding, slots=self._slots)
-        self._prompt = _Clock(prompt, slots=max(self._slots, WIDE * chunk), logits=False)
+        self._slots = max(text, *(width for _, width in decoding))
+        room = max(self._slots, *(width for _, width in prompt))
+        self._decoding = PassClock(decoding, slots=self._slots)
+        self._prompt = PassClock(prompt, slots=room, logits=False)
         self._turns = 0
-
-    def _widths(self, mode: str) -> list[tuple[int, ...]]:
-        """Of the passes of the oracle and of each draft."""
-        capacities = self._capacities[mode]
-        oracle, *drafts = capacities.widths
-        return [(oracle, *capacities.narrower), *((width,) for width in drafts)]
 
     def turn(self) -> None:
         """Time every pass once."""
@@ -74,13 +71,14 @@ class PassesAlone:
         the package."""
         while self._turns < _FEWEST_TURNS:
             self.turn()
-        decoding, prompt = self._decoding.means(), self._prompt.means()
+        decoding, prompt = (
+            {key: statistics.fmean(own) for key, own in clock.seconds.items()}
+            for clock in (self._decoding, self._prompt)
+        )
         costs: Costs = {}
-        for mode, (stack, plan) in self._own.items():
+        for mode, (_, plan) in self._own.items():
             costs[mode] = {}
-            for (name, model), widths in zip(
-                stack.models.items(), self._widths(mode), strict=False
-            ):
+            for name, model, widths in self._stages[mode]:
                 width, *narrower = widths
                 costs[mode][name] = {
                     "width": width,
@@ -93,17 +91,3 @@ class PassesAlone:
                     "slots": self._slots,
                 }
         return costs
-
-
-class _Clock:
-    """Of passes of one kind."""
-
-    def __init__(self, passes: _Passes, **options):
-        self._keys = list(passes)
-        self._clock = PassClock(list(passes.values()), loop_seconds=_LOOP_SECONDS, **options)
-
-    def turn(self) -> None:
-        self._clock.turn()
-
-    def means(self) -> dict[tuple[int, int], float]:
-        return dict(zip(self._keys, map(statistics.fmean, self._clock.seconds), strict=True))
